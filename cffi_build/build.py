@@ -1,0 +1,96 @@
+# build.py: builds pyvmm._native (cffi API mode) and the guests, in place. Run by `make build` and by hatch_build.py.
+"""Generates, compiles and sweeps the extension; builds the guests with make."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+SOURCES = ("run.c", "map.c", "sys.c")
+FLAGS = ("-std=gnu11", "-O2", "-g", "-fvisibility=hidden")
+STRICT = ("-Wall", "-Wextra", "-Werror", "-Wshadow", "-Wstrict-prototypes", "-Wvla", "-Wundef")
+
+
+def missing_tools() -> list[str]:
+    """Debian packages that the build lacks on this machine."""
+    packages = []
+    programs = (os.environ.get("CC", "gcc"), "ld", "make")
+    if not all(shutil.which(program) for program in programs) or not Path("/usr/include/stdio.h").exists():
+        packages.append("build-essential")
+    include = Path(sysconfig.get_path("include"))
+    if not (include / "Python.h").exists():
+        packages.append("python3-dev")
+    if not Path("/usr/include/linux/kvm.h").exists():
+        packages.append("linux-libc-dev")
+    return packages
+
+
+def require_tools() -> None:
+    """Ends with the one line that brings what is missing, before anything half-builds."""
+    packages = missing_tools()
+    if packages:
+        sys.exit(f"pyvmm: the build lacks tools; run: sudo apt-get install -y {' '.join(packages)}")
+
+
+def sweep(ffi: object, lib: object) -> None:
+    """Touches every type and constant once: cffi notices a wrong width or a missing name only at first use."""
+    for name in dir(lib):
+        getattr(lib, name)
+    typedefs, structs, unions = ffi.list_types()  # type: ignore[attr-defined]
+    for name in [*typedefs, *(f"struct {tag}" for tag in structs), *(f"union {tag}" for tag in unions)]:
+        ffi.sizeof(name)  # type: ignore[attr-defined]
+        _ = ffi.typeof(name).fields if name.startswith("struct") else None  # type: ignore[attr-defined]
+
+
+def build_extension(strict: bool = False) -> None:
+    """Compiles pyvmm/_native.*.so. `strict`: our own C files must compile without a warning."""
+    from cffi import FFI
+
+    generated = HERE / "generated"
+    generated.mkdir(exist_ok=True)
+    if strict:
+        for source in SOURCES:
+            compiler = os.environ.get("CC", "gcc")
+            subprocess.run([compiler, *FLAGS, *STRICT, "-fsyntax-only", str(HERE / source)], check=True)
+    ffi = FFI()
+    ffi.cdef((HERE / "native.cdef").read_text())
+    ffi.set_source(
+        "pyvmm._native",
+        '#include "native.h"\n',
+        sources=[str(HERE / source) for source in SOURCES],
+        include_dirs=[str(HERE)],
+        depends=[str(path) for path in (*HERE.glob("*.h"), ROOT / "guest/abi.h")],
+        extra_compile_args=list(FLAGS),
+        libraries=["pthread"],
+    )
+    built = Path(ffi.compile(tmpdir=str(generated)))
+    target = ROOT / "pyvmm" / built.name
+    if not target.exists() or target.read_bytes() != built.read_bytes():
+        fresh = target.with_suffix(".new")  # renamed into place: a running pyvmm keeps the file that it has mapped
+        shutil.copy2(built, fresh)
+        fresh.replace(target)
+    check = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from pyvmm._native import ffi, lib; "
+    check += f"sys.path.insert(0, {str(HERE)!r}); import build; build.sweep(ffi, lib)"
+    subprocess.run([sys.executable, "-c", check], check=True)
+
+
+def build_guests() -> None:
+    """Builds guest/*.c into pyvmm/guests/*.elf."""
+    subprocess.run(["make", "-s", "-C", str(ROOT / "guest")], check=True)
+
+
+def main() -> None:
+    """Builds all, or with --strict only checks the C."""
+    require_tools()
+    build_extension(strict="--strict" in sys.argv)
+    build_guests()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+/* run.c: the loop around KVM_RUN, and how other threads pause, kick and stop a vCPU. */
+#define _GNU_SOURCE
+#include "native.h"
+
+#include <errno.h>
+#include <limits.h>
+#include <linux/futex.h>
+#include <pthread.h>
+#include <signal.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+/* Interrupts KVM_RUN; its handler does nothing. The first real-time signal is left to the embedding program. */
+#define KICK_SIGNAL (SIGRTMIN + 1)
+
+static void on_kick(int signal) { (void)signal; }
+
+static pthread_once_t kick_once = PTHREAD_ONCE_INIT;
+
+static void kick_init(void)
+{
+    struct sigaction action = {.sa_handler = on_kick}; /* no SA_RESTART: KVM_RUN must return */
+    sigemptyset(&action.sa_mask);
+    sigaction(KICK_SIGNAL, &action, NULL);
+}
+
+/* Leaves the program's signals to its other threads: Python handles them in its main thread, which waits elsewhere. */
+static void block_foreign_signals(void)
+{
+    sigset_t set;
+    sigfillset(&set);
+    sigdelset(&set, KICK_SIGNAL);
+    sigdelset(&set, SIGSEGV);
+    sigdelset(&set, SIGBUS);
+    sigdelset(&set, SIGFPE);
+    sigdelset(&set, SIGILL);
+    sigdelset(&set, SIGABRT);
+    pthread_sigmask(SIG_SETMASK, &set, NULL);
+}
+
+static int futex_wait(uint32_t *word, uint32_t value, const struct timespec *deadline)
+{
+    /* FUTEX_WAIT_BITSET: an absolute CLOCK_MONOTONIC deadline, so that a spurious return does not extend the wait. */
+    if (syscall(SYS_futex, word, FUTEX_WAIT_BITSET_PRIVATE, value, deadline, NULL, FUTEX_BITSET_MATCH_ANY) == 0)
+        return 0;
+    return -errno;
+}
+
+static void futex_wake(uint32_t *word) { syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0); }
+
+static void set_place(struct pv_vcpu *vcpu, uint32_t place)
+{
+    /* release: pairs with the acquire in pv_wait_parked, so that whoever sees PARKED sees all the vCPU did before */
+    __atomic_store_n(&vcpu->place, place, __ATOMIC_SEQ_CST);
+}
+
+static void park(struct pv_vcpu *vcpu)
+{
+    set_place(vcpu, PV_PLACE_PARKED);
+    futex_wake(&vcpu->place);
+    while (__atomic_load_n(&vcpu->request, __ATOMIC_ACQUIRE) == PV_REQUEST_PAUSE)
+        futex_wait(&vcpu->request, PV_REQUEST_PAUSE, NULL);
+    set_place(vcpu, PV_PLACE_RUNNING);
+}
+
+/* A port access that no device claims: answered here. Returns 0 if a device claims any of its bytes. */
+static int float_port(struct pv_vcpu *vcpu, struct kvm_run *run)
+{
+    struct pv_ports *ports = vcpu->ports;
+    uint32_t port = run->io.port;
+    for (uint32_t i = 0; i < run->io.size; i++)
+        if (ports->action[(port + i) % PV_PORTS] != PV_PORT_FLOAT)
+            return 0;
+    uint32_t *counts = run->io.direction == KVM_EXIT_IO_IN ? ports->reads : ports->writes;
+    __atomic_fetch_add(&counts[port], run->io.count, __ATOMIC_RELAXED);
+    if (run->io.direction == KVM_EXIT_IO_IN)
+        /* SAFETY: KVM puts size * count bytes at data_offset, inside the mapping of kvm_run */
+        memset((uint8_t *)run + run->io.data_offset, 0xff, (size_t)run->io.size * run->io.count);
+    return 1;
+}
+
+static int run_loop(struct pv_vcpu *vcpu)
+{
+    struct kvm_run *run = vcpu->run;
+    for (;;) {
+        /* Order matters: immediate_exit is cleared before the request is read, and pv_request writes them the other
+         * way round. A request that comes between the two is seen either here or by KVM_RUN. */
+        __atomic_store_n(&run->immediate_exit, 0, __ATOMIC_SEQ_CST);
+        uint32_t request = __atomic_load_n(&vcpu->request, __ATOMIC_SEQ_CST);
+        if (request != PV_REQUEST_RUN)
+            /* KVM_RUN then only completes the I/O of the last exit, which must not be half done in a saved state. */
+            run->immediate_exit = 1;
+
+        if (ioctl(vcpu->fd, KVM_RUN, 0) == 0) {
+            uint32_t reason = run->exit_reason;
+            vcpu->exits[reason < PV_EXIT_REASONS ? reason : 0]++;
+            if (reason == KVM_EXIT_IO && float_port(vcpu, run))
+                continue;
+            return PV_RUN_EXIT;
+        }
+        if (errno == EAGAIN) /* an application processor that has just had its INIT or SIPI */
+            continue;
+        if (errno != EINTR)
+            return -errno;
+        vcpu->interrupted++;
+        if (request == PV_REQUEST_STOP)
+            return PV_RUN_STOPPED;
+        if (request == PV_REQUEST_PAUSE)
+            park(vcpu);
+    }
+}
+
+int pv_run(struct pv_vcpu *vcpu)
+{
+    pthread_once(&kick_once, kick_init);
+    uint32_t tid = (uint32_t)gettid();
+    if (vcpu->tid != tid) {
+        block_foreign_signals();
+        __atomic_store_n(&vcpu->tid, tid, __ATOMIC_SEQ_CST);
+    }
+    set_place(vcpu, PV_PLACE_RUNNING);
+    int result = run_loop(vcpu);
+    set_place(vcpu, PV_PLACE_OUTSIDE);
+    return result;
+}
+
+void pv_end(struct pv_vcpu *vcpu)
+{
+    set_place(vcpu, PV_PLACE_ENDED);
+    futex_wake(&vcpu->place);
+}
+
+void pv_request(struct pv_vcpu *vcpu, uint32_t request)
+{
+    __atomic_store_n(&vcpu->request, request, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&vcpu->run->immediate_exit, request != PV_REQUEST_RUN, __ATOMIC_SEQ_CST);
+    futex_wake(&vcpu->request);
+    /* A thread outside pv_run reads the request when it comes back; one inside may sit in KVM_RUN. */
+    if (request != PV_REQUEST_RUN && __atomic_load_n(&vcpu->place, __ATOMIC_SEQ_CST) == PV_PLACE_RUNNING)
+        syscall(SYS_tgkill, getpid(), (pid_t)__atomic_load_n(&vcpu->tid, __ATOMIC_SEQ_CST), KICK_SIGNAL);
+}
+
+int pv_wait_parked(struct pv_vcpu *vcpu, int64_t timeout_ns)
+{
+    struct timespec deadline;
+    clock_gettime(CLOCK_MONOTONIC, &deadline);
+    deadline.tv_sec += timeout_ns / 1000000000;
+    deadline.tv_nsec += timeout_ns % 1000000000;
+    if (deadline.tv_nsec >= 1000000000) {
+        deadline.tv_sec++;
+        deadline.tv_nsec -= 1000000000;
+    }
+    for (;;) {
+        /* acquire: pairs with set_place */
+        uint32_t place = __atomic_load_n(&vcpu->place, __ATOMIC_ACQUIRE);
+        if (place == PV_PLACE_PARKED || place == PV_PLACE_ENDED)
+            return (int)place;
+        if (futex_wait(&vcpu->place, place, timeout_ns < 0 ? NULL : &deadline) == -ETIMEDOUT)
+            return -ETIMEDOUT;
+    }
+}
+
+struct kvm_run *pv_map_run(int vcpu_fd, size_t size)
+{
+    void *run = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, vcpu_fd, 0);
+    return run == MAP_FAILED ? NULL : run;
+}
+
+void pv_unmap_run(struct kvm_run *run, size_t size) { munmap(run, size); }
+
+uint32_t pv_system_event(const struct kvm_run *run) { return run->system_event.type; }

@@ -1,0 +1,37 @@
+/* sys.c: system calls with errno returned, not left in a thread's variable. */
+#define _GNU_SOURCE
+#include "native.h"
+
+#include <errno.h>
+#include <sys/ioctl.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+int pv_ioctl(int fd, unsigned long request, void *argument)
+{
+    int result = ioctl(fd, request, argument);
+    return result < 0 ? -errno : result;
+}
+
+int pv_ioctl_value(int fd, unsigned long request, unsigned long argument)
+{
+    int result = ioctl(fd, request, argument);
+    return result < 0 ? -errno : result;
+}
+
+int pv_userfaultfd(int flags)
+{
+    long result = syscall(SYS_userfaultfd, flags);
+    return result < 0 ? -errno : (int)result;
+}
+
+int pv_uffd_read(int fd, uint64_t *flags, uint64_t *address)
+{
+    struct uffd_msg message;
+    ssize_t got = read(fd, &message, sizeof(message));
+    if (got != (ssize_t)sizeof(message))
+        return got < 0 ? -errno : -EIO;
+    *flags = message.arg.pagefault.flags;
+    *address = message.arg.pagefault.address;
+    return message.event;
+}

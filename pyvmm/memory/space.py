@@ -1,0 +1,147 @@
+# space.py: the guest's RAM in our address space, and safe access to it. Addresses are Gpa, sizes bytes.
+"""`GuestMemory`: allocates RAM and turns guest-physical addresses into bytes, after checking them."""
+
+from __future__ import annotations
+
+import errno
+
+from pyvmm._native import ffi, lib
+from pyvmm.errors import BadInput, HostError, MemoryAccessError, check
+from pyvmm.layout import BLOCK_SIZE, MIN_MEMORY, PAGE_SIZE, Gpa, Hva, format_size, ram_regions
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Buffer
+    from typing import Literal, TypeAlias
+
+    from pyvmm._native import CData
+
+    Pages: TypeAlias = Literal["auto", "2m", "4k"]
+
+PAGES = ("auto", "2m", "4k")
+_THP = "/sys/kernel/mm/transparent_hugepage/enabled"
+
+
+class GuestMemory:
+    """All RAM of a guest: one anonymous mapping, 2 MiB aligned, not populated before it is touched.
+
+    `regions` says where its parts lie in guest-physical space. `pages`: "2m" asks for transparent huge pages
+    everywhere, "4k" for small pages only; "auto" is "2m" where the host has them, but small in the first 2 MiB, where
+    boot structures and page tables would keep KVM from mapping a large page anyway.
+    `hugetlb` takes reserved 2 MiB pages of hugetlbfs instead.
+    """
+
+    def __init__(self, size: int, pages: Pages = "auto", hugetlb: bool = False, address_bits: int = 48) -> None:
+        _check_size(size, hugetlb, address_bits)
+        if pages not in PAGES:
+            raise BadInput(f"pages={pages!r}: choose one of {', '.join(PAGES)}")
+        if hugetlb and pages == "4k":
+            raise BadInput("hugetlb memory is in 2 MiB pages: it cannot go with pages=4k")
+        if pages == "2m" and not hugetlb:
+            _require_thp()
+        self.size = size
+        self.pages = pages
+        self.hugetlb = hugetlb
+        self.regions = ram_regions(size)
+        # The cdata object owns the mapping: it goes when the last view of it has gone, never before.
+        self._base: CData | None = _map(size, pages, hugetlb)
+        if pages == "auto" and not hugetlb:
+            check(lib.pv_madvise(self._base, min(size, BLOCK_SIZE), lib.MADV_NOHUGEPAGE), "madvise")
+
+    def close(self) -> None:
+        """Gives the memory back as soon as no view of it is left. Any later access raises MemoryAccessError."""
+        self._base = None
+
+    def _pointer(self, gpa: Gpa, size: int) -> CData:
+        """Where a range lies in our process; raises MemoryAccessError unless all of it is RAM."""
+        if self._base is None:
+            raise MemoryAccessError("the VM is closed: its memory is gone")
+        if size < 0:
+            raise MemoryAccessError(f"a range of {size} bytes")
+        for region in self.regions:
+            distance = gpa.value - region.gpa.value
+            if 0 <= distance <= region.size and size <= region.size - distance:
+                return self._base + (region.offset + distance)
+        raise MemoryAccessError(f"{gpa.value:#x}+{size:#x} is not (wholly) RAM: the VM has {self.describe()}")
+
+    def describe(self) -> str:
+        """The RAM ranges, for people."""
+        return ", ".join(f"{region.gpa.value:#x}..{region.end.value:#x}" for region in self.regions)
+
+    def hva(self, gpa: Gpa) -> Hva:
+        """Where the byte at `gpa` lies in our address space."""
+        return Hva(int(ffi.cast("uintptr_t", self._pointer(gpa, 1))))
+
+    def read(self, gpa: Gpa, size: int) -> bytes:
+        """A copy of `size` bytes at `gpa`. Raises MemoryAccessError unless all of them are RAM."""
+        source = self._pointer(gpa, size)
+        data = bytearray(size)
+        lib.pv_copy(ffi.from_buffer(data), source, size)
+        return bytes(data)
+
+    def write(self, gpa: Gpa, data: Buffer) -> None:
+        """Writes `data` at `gpa`. Raises MemoryAccessError, with nothing written, unless all of it goes into RAM."""
+        source = ffi.from_buffer(data)
+        size = ffi.sizeof(source)
+        lib.pv_copy(self._pointer(gpa, size), source, size)
+
+    def zero(self, gpa: Gpa, size: int) -> None:
+        """Writes zeros. Raises MemoryAccessError unless the whole range is RAM."""
+        lib.pv_zero(self._pointer(gpa, size), size)
+
+    def view(self, gpa: Gpa, size: int) -> memoryview:
+        """A writable view of guest memory, without a copy; it stays valid, and the memory mapped, while it is held."""
+        return memoryview(ffi.buffer(self._pointer(gpa, size), size))
+
+    def __getitem__(self, where: slice) -> bytes:
+        gpa, size = self._range(where)
+        return self.read(gpa, size)
+
+    def __setitem__(self, where: slice, data: Buffer) -> None:
+        gpa, size = self._range(where)
+        if len(memoryview(data).cast("B")) != size:
+            raise BadInput(f"{len(memoryview(data).cast('B'))} bytes do not fit a slice of {size}")
+        self.write(gpa, data)
+
+    def _range(self, where: slice) -> tuple[Gpa, int]:
+        if not isinstance(where, slice) or where.step is not None or where.start is None or where.stop is None:
+            raise BadInput("guest memory takes slices with both ends and no step: memory[gpa : gpa + size]")
+        start, stop = Gpa(where.start.__index__()), Gpa(where.stop.__index__())
+        return start, stop - start
+
+
+def _check_size(size: int, hugetlb: bool, address_bits: int) -> None:
+    if size < MIN_MEMORY:
+        raise BadInput(f"memory {format_size(size)} is too small: a VM needs at least {format_size(MIN_MEMORY)}")
+    unit = BLOCK_SIZE if hugetlb else PAGE_SIZE
+    if size % unit:
+        raise BadInput(f"memory {format_size(size)} is not a multiple of {format_size(unit)}")
+    if ram_regions(size)[-1].end.value > 1 << address_bits:
+        raise BadInput(f"memory {format_size(size)} is beyond this CPU's {address_bits}-bit physical addresses")
+    if ram_regions(size)[-1].end.value > 1 << 46:
+        raise BadInput(f"memory {format_size(size)} does not fit into a process: give at most 32T")
+
+
+def _require_thp() -> None:
+    try:
+        with open(_THP) as file:
+            setting = file.read()
+    except OSError:
+        raise HostError("this kernel has no transparent huge pages: use --pages 4k or --hugetlb") from None
+    if "[never]" in setting:
+        raise HostError(f"transparent huge pages are off: run 'echo madvise | sudo tee {_THP}', or use --pages auto")
+
+
+def _map(size: int, pages: Pages, hugetlb: bool) -> CData:
+    backing = lib.PV_BACKING_SMALL if pages == "4k" else lib.PV_BACKING_THP
+    out = ffi.new("void **")
+    error = lib.pv_map(size, lib.PV_BACKING_HUGETLB if hugetlb else backing, out)
+    if error == -errno.ENOMEM and hugetlb:
+        blocks = size // BLOCK_SIZE
+        raise HostError(
+            f"{blocks} huge pages of 2 MiB are not reserved: run 'sudo sysctl vm.nr_hugepages={blocks}', or more"
+        )
+    if error == -errno.ENOMEM:
+        raise HostError(f"the host cannot map {format_size(size)} of memory: give less, or raise 'ulimit -v'")
+    check(error, "mmap", size=size, pages=pages, hugetlb=hugetlb)
+    return ffi.gc(ffi.cast("uint8_t *", out[0]), lambda base: lib.pv_unmap(base, size), size)

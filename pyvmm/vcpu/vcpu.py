@@ -1,0 +1,94 @@
+# vcpu.py: one vCPU and the thread that runs it.
+"""`Vcpu`: starts, pauses and stops one vCPU. What an exit means is decided by the callable it is given."""
+
+from __future__ import annotations
+
+import errno
+import threading
+
+from pyvmm._native import ffi, lib
+from pyvmm.errors import HostError, check
+from pyvmm.kvm import VcpuFd
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pyvmm._native import CData
+
+PAUSE_LIMIT = 10.0
+"""Seconds after which a vCPU that does not park is a fault of ours or of the host."""
+
+
+class Vcpu:
+    """A vCPU. Its registers and state may be read while it is parked or not started."""
+
+    def __init__(self, fd: VcpuFd, ports: CData) -> None:
+        self.fd = fd
+        self.index = fd.index
+        self.native = ffi.new("struct pv_vcpu *")
+        self.native.fd = fd.fd
+        self.native.run = fd.run
+        self.native.ports = self._ports = ports  # kept alive: the struct holds a bare pointer
+        self._thread: threading.Thread | None = None
+
+    def start(self, on_exit: Callable[[Vcpu], None], on_end: Callable[[Vcpu, BaseException | None], None]) -> None:
+        """Runs the vCPU in a thread of its own until request_stop().
+
+        on_exit is called in that thread for each exit that C does not handle itself; on_end when the thread ends,
+        with the exception that ended it, if one did.
+        """
+        self._thread = threading.Thread(
+            target=self._loop, args=(on_exit, on_end), name=f"vcpu{self.index}", daemon=True
+        )
+        self._thread.start()
+
+    def _loop(self, on_exit: Callable[[Vcpu], None], on_end: Callable[[Vcpu, BaseException | None], None]) -> None:
+        native, run, stopped = self.native, lib.pv_run, lib.PV_RUN_STOPPED
+        failure: BaseException | None = None
+        try:
+            while (result := run(native)) != stopped:
+                if result:
+                    check(result, "KVM_RUN", vcpu=self.index)
+                on_exit(self)
+        except BaseException as error:  # whatever it is, the machine must hear of it
+            failure = error
+        lib.pv_end(native)
+        on_end(self, failure)
+
+    @property
+    def started(self) -> bool:
+        """Has it a thread?"""
+        return self._thread is not None
+
+    @property
+    def is_current(self) -> bool:
+        """Is the calling thread this vCPU's?"""
+        return self._thread is threading.current_thread()
+
+    def request_pause(self) -> None:
+        """Asks the vCPU to park, wherever it is; returns at once."""
+        lib.pv_request(self.native, lib.PV_REQUEST_PAUSE)
+
+    def request_run(self) -> None:
+        """Lets a parked vCPU go on."""
+        lib.pv_request(self.native, lib.PV_REQUEST_RUN)
+
+    def request_stop(self) -> None:
+        """Asks the thread to end; returns at once."""
+        lib.pv_request(self.native, lib.PV_REQUEST_STOP)
+
+    def wait_parked(self) -> None:
+        """Waits until the vCPU is parked or ended: no I/O half done, its state readable."""
+        result = lib.pv_wait_parked(self.native, int(PAUSE_LIMIT * 1e9))
+        if result == -errno.ETIMEDOUT:
+            raise HostError(f"vCPU {self.index} did not park within {PAUSE_LIMIT:.0f} s")
+
+    def join(self) -> None:
+        """Waits for the thread to end, after request_stop()."""
+        if self._thread is not None and not self.is_current:
+            self._thread.join()
+
+    def exits(self) -> dict[int, int]:
+        """Exits so far, by KVM_EXIT_* number; those handled in C are counted too."""
+        return {reason: count for reason, count in enumerate(self.native.exits) if count}
