@@ -97,3 +97,9 @@ int pv_ioctl_value(int fd, unsigned long request, unsigned long argument) PV_CHE
 int pv_userfaultfd(int flags) PV_CHECKED;
 /* Reads one message: its UFFD_EVENT_* with *flags and *address of a page fault, or -errno. */
 int pv_uffd_read(int fd, uint64_t *flags, uint64_t *address) PV_CHECKED;
+
+/* A userfaultfd from an open /dev/userfaultfd: a descriptor, or -errno. */
+int pv_userfaultfd_device(int device, int flags) PV_CHECKED;
+
+/* Puts the file's first `size` bytes, shared, where pv_map mapped memory: the file then has its alignment. */
+int pv_map_file(void *address, size_t size, int fd) PV_CHECKED;

@@ -35,3 +35,19 @@ int pv_uffd_read(int fd, uint64_t *flags, uint64_t *address)
     *address = message.arg.pagefault.address;
     return message.event;
 }
+
+#ifndef USERFAULTFD_IOC_NEW /* kernel headers before 6.1 */
+#define USERFAULTFD_IOC_NEW _IO(0xAA, 0x00)
+#endif
+
+int pv_userfaultfd_device(int device, int flags)
+{
+    int result = ioctl(device, USERFAULTFD_IOC_NEW, flags);
+    return result < 0 ? -errno : result;
+}
+
+int pv_map_file(void *address, size_t size, int fd)
+{
+    void *mapped = mmap(address, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, 0);
+    return mapped == MAP_FAILED ? -errno : 0;
+}

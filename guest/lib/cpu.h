@@ -14,6 +14,7 @@
 #define CR4_OSXMMEXCPT 0x400
 #define MSR_EFER 0xc0000080
 #define EFER_LME 0x100
+#define MSR_TSC_DEADLINE 0x6e0
 
 #define RFLAGS_ONE 0x2
 #define RFLAGS_TF 0x100
@@ -31,7 +32,7 @@
 #define SELECTOR_CODE32 0x18
 #define SELECTOR_DATA3 0x23
 #define SELECTOR_CODE3 0x2b
-#define SELECTOR_ABSENT 0x33
+#define SELECTOR_ABSENT 0x3b
 #define SELECTOR_TSS 0x40
 #define GDT_BYTES (0x40 + 16 * PV_MAX_CPUS)
 
@@ -54,10 +55,14 @@
 #define TRAP_CR2 40
 #define TRAP_STACK 48
 
-/* Software interrupts that ring 3 may raise (start.S says what each does). */
-#define GATE_WAIT 0x80
-#define GATE_DROP_IDT 0x81
-#define GATE_SET_TS 0x82
+/* What ring 3 may ask of ring 0 by int $GATE_VECTOR, in eax (start.S says what each does). */
+#define GATE_VECTOR 4
+#define GATE_WAIT 1
+#define GATE_CPUID 2
+#define GATE_SET_DEADLINE 3
+#define GATE_DROP_IDT 4
+#define GATE_SET_TS 5
+#define GATE_HALT_OFF 6
 
 #define LAPIC_GPA 0xfee00000
 #define LAPIC_ID 0x20
@@ -70,3 +75,6 @@
 #define LAPIC_TIMER_CURRENT 0x390
 #define LAPIC_TIMER_DIVIDE 0x3e0
 #define IOAPIC_GPA 0xfec00000
+#define IOAPIC_SELECT 0x00
+#define IOAPIC_WINDOW 0x10
+#define IOAPIC_REDIRECTION 0x10 /* register number of pin 0's entry, two a pin */

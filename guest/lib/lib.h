@@ -88,6 +88,11 @@ const char *exception_name(uint64_t vector);
 /* Halts until interrupts[vector] is no longer `seen`. */
 void wait_interrupt(unsigned vector, uint64_t seen);
 
+/* ---- irq.c: to be called on CPU 0 ---- */
+void irq_init(void); /* LAPIC on: before irq_route, and before the LAPIC's timer is used */
+/* An ISA interrupt, edge-triggered, is to arrive as `vector` (0x20..0xfe), to be awaited by wait_interrupt. */
+void irq_route(unsigned irq, unsigned vector);
+
 /* ---- time.c ---- */
 static inline uint64_t ticks(void)
 {
@@ -96,6 +101,15 @@ static inline uint64_t ticks(void)
     return (uint64_t)high << 32 | low;
 }
 uint64_t ticks_per_ms(void);
+uint64_t lapic_per_ms(void); /* the LAPIC timer's counts, undivided; needs irq_init() and the timer to itself */
+
+/* A time limit on waiting in a loop. It counts the time that the guest ran, not the time for which it was paused. */
+struct patience {
+    uint64_t left, last; /* TSC ticks */
+};
+struct patience patience_ms(uint64_t ms);
+/* To be called in the loop; false when the time is up. */
+bool patience_left(struct patience *patience);
 
 /* ---- random: the one generator; the host's model in Python computes the same ---- */
 static inline uint64_t mix(uint64_t x) /* splitmix64's output function */
@@ -116,9 +130,17 @@ static inline uint8_t in8(uint16_t port)
 }
 static inline volatile uint32_t *lapic(unsigned reg) { return (volatile uint32_t *)(LAPIC_GPA + (uint64_t)reg); }
 
+/* ---- ring 0: start.S says what the functions of GATE_* in cpu.h do ---- */
+static inline void gate(uint32_t function, uint64_t first, uint64_t second)
+{
+    __asm__ volatile("int %1" : "+a"(function) : "i"(GATE_VECTOR), "D"(first), "S"(second) : "rcx", "rdx", "memory");
+}
+
 static inline void cpuid(uint32_t leaf, uint32_t subleaf, uint32_t out[4])
 {
-    __asm__ volatile("cpuid" : "=a"(out[0]), "=b"(out[1]), "=c"(out[2]), "=d"(out[3]) : "a"(leaf), "c"(subleaf));
+    __asm__ volatile("int %4"
+                     : "=a"(out[0]), "=b"(out[1]), "=c"(out[2]), "=d"(out[3])
+                     : "i"(GATE_VECTOR), "0"(GATE_CPUID), "D"(leaf), "S"(subleaf));
 }
 
 #define progress ((volatile struct pv_progress *)PV_PROGRESS_GPA)

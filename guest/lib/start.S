@@ -19,6 +19,9 @@
     .globl pvh_start
 pvh_start:
     movl %ebx, start_info_gpa
+    movb $0xff, %al /* the 8259s' interrupts would come on exceptions' vectors: off, whatever a boot loader left */
+    outb %al, $0x21
+    outb %al, $0xa1
     xorl %ebp, %ebp /* CPU index */
 
 protected_mode: /* ebp = CPU index; flat segments, paging off */
@@ -143,7 +146,25 @@ interrupt_common: /* stack: vector, error (0), rip, ... */
     addq $16, %rsp
     iretq
 
-/* int $GATE_WAIT, rdi = vector, rsi = count: halts until interrupts[rdi] differs from rsi. */
+/* ---- what ring 3 may ask of ring 0: int $GATE_VECTOR, function in eax (cpu.h), arguments in rdi and rsi ---- */
+gate: /* no other vector is as good: some hosts let ring 3 raise 3 and 4 and no others */
+    cmpl $GATE_WAIT, %eax
+    je gate_wait
+    cmpl $GATE_CPUID, %eax
+    je gate_cpuid
+    cmpl $GATE_SET_DEADLINE, %eax
+    je gate_set_deadline
+    cmpl $GATE_DROP_IDT, %eax
+    je gate_drop_idt
+    cmpl $GATE_SET_TS, %eax
+    je gate_set_ts
+    cmpl $GATE_HALT_OFF, %eax
+    je gate_halt_off
+    pushq $0
+    pushq $GATE_VECTOR /* an exception like others */
+    jmp trap_common
+
+/* rdi = vector, rsi = count: halts until interrupts[rdi] differs from rsi. */
 gate_wait:
     cmpq %rsi, interrupts(, %rdi, 8)
     jne 1f
@@ -153,48 +174,65 @@ gate_wait:
     jmp gate_wait
 1:  iretq
 
-/* int $GATE_DROP_IDT: no exception can be delivered from here on, the next one is a triple fault. */
+/* edi = leaf, esi = subleaf; answers in eax, ebx, ecx, edx. In ring 3 some hosts let the processor answer itself. */
+gate_cpuid:
+    movl %edi, %eax
+    movl %esi, %ecx
+    cpuid
+    iretq
+
+/* rdi = TSC ticks: the LAPIC timer, in its TSC-deadline mode, is to fire that much later. The TSC is read here since it
+ * is ring 0's that counts: ring 3's may differ from it where the host does not offset it. Changes rax, rcx, rdx. */
+gate_set_deadline:
+    rdtsc
+    shlq $32, %rdx
+    addq %rdx, %rax
+    addq %rdi, %rax
+    movq %rax, %rdx
+    shrq $32, %rdx
+    movl $MSR_TSC_DEADLINE, %ecx
+    wrmsr
+    iretq
+
+/* No exception can be delivered from here on, the next one is a triple fault. */
 gate_drop_idt:
     lidt null_pointer
     iretq
 
-/* int $GATE_SET_TS: the next floating-point instruction raises #NM. */
+/* The next floating-point instruction raises #NM. Changes rax. */
 gate_set_ts:
-    pushq %rax
     movq %cr0, %rax
     orq $CR0_TS, %rax
     movq %rax, %cr0
-    popq %rax
     iretq
+
+/* Halts with interrupts off, for ever. */
+gate_halt_off:
+    hlt
+    jmp gate_halt_off
 
 /* Entries of the IDT: 16 bytes each, from VECTORS on, so that the gates are constants. */
     .section .vectors, "ax"
     .set vector, 0
     .rept 256
     .balign 16
-    .if (vector < 32)
+    .if vector == GATE_VECTOR
+    jmp gate
+    .elseif vector < 32
     .if (vector == 8) || ((vector >= 10) && (vector <= 14)) || (vector == 17) || (vector == 21)
+    testb $8, %spl /* frames start aligned to 16: `int N` pushes no error code where the exception does */
+    jz 1f
+    pushq $0
+1:
     .else
     pushq $0 /* the CPU pushes no error code for this one */
     .endif
     pushq $vector
     jmp trap_common
     .else
-    .if vector == GATE_WAIT
-    jmp gate_wait
-    .else
-    .if vector == GATE_DROP_IDT
-    jmp gate_drop_idt
-    .else
-    .if vector == GATE_SET_TS
-    jmp gate_set_ts
-    .else
     pushq $0
     pushq $vector
     jmp interrupt_common
-    .endif
-    .endif
-    .endif
     .endif
     .set vector, vector + 1
     .endr
@@ -240,8 +278,8 @@ gdt:
     .quad 0x00cf9b000000ffff /* 0x18 ring 0 code, 32 bits */
     .quad 0x00cff3000000ffff /* 0x20 ring 3 data */
     .quad 0x00affb000000ffff /* 0x28 ring 3 code, 64 bits */
-    .quad 0x00cf73000000ffff /* 0x30 ring 3 data, not present: for guests that want #NP */
     .quad 0
+    .quad 0x00cf73000000ffff /* 0x38 ring 3 data, not present: for guests that want #NP */
     .set cpu, 0
     .rept PV_MAX_CPUS
     .word TSS_BYTES - 1

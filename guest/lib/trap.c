@@ -46,5 +46,5 @@ void lib_trap(void) /* on the trap stack of the CPU that trapped: its place tell
 
 void wait_interrupt(unsigned vector, uint64_t seen)
 {
-    __asm__ volatile("int %0" ::"i"(GATE_WAIT), "D"((uint64_t)vector), "S"(seen) : "memory");
+    gate(GATE_WAIT, vector, seen);
 }

@@ -94,7 +94,8 @@ def _nothing() -> None:
 
 
 class Serial:
-    """A 16550A. `output(data)` gets what the guest sends; `irq(level)` follows its interrupt line.
+    """A 16550A. `output(data)`, an attribute that may be replaced, gets what the guest sends; `irq(level)` follows its
+    interrupt line.
 
     The line is the PC's: MCR's OUT2 connects it, and loopback, which releases OUT2, disconnects it. `irq` is called
     upon changes of its level alone. Registers are bytes: a wider access acts on the register at its offset only,

@@ -11,12 +11,12 @@ from pyvmm.layout import BLOCK_SIZE, MIN_MEMORY, PAGE_SIZE, Gpa, Hva, format_siz
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Buffer
     from typing import Literal, TypeAlias
 
     from pyvmm._native import CData
 
     Pages: TypeAlias = Literal["auto", "2m", "4k"]
+    Buffer: TypeAlias = bytes | bytearray | memoryview
 
 PAGES = ("auto", "2m", "4k")
 _THP = "/sys/kernel/mm/transparent_hugepage/enabled"
@@ -28,7 +28,7 @@ class GuestMemory:
     `regions` says where its parts lie in guest-physical space. `pages`: "2m" asks for transparent huge pages
     everywhere, "4k" for small pages only; "auto" is "2m" where the host has them, but small in the first 2 MiB, where
     boot structures and page tables would keep KVM from mapping a large page anyway.
-    `hugetlb` takes reserved 2 MiB pages of hugetlbfs instead.
+    `hugetlb` takes reserved 2 MiB pages of hugetlbfs instead. `untouched`: nothing has been written or viewed yet.
     """
 
     def __init__(self, size: int, pages: Pages = "auto", hugetlb: bool = False, address_bits: int = 48) -> None:
@@ -45,6 +45,7 @@ class GuestMemory:
         self.regions = ram_regions(size)
         # The cdata object owns the mapping: it goes when the last view of it has gone, never before.
         self._base: CData | None = _map(size, pages, hugetlb)
+        self.untouched = True
         if pages == "auto" and not hugetlb:
             check(lib.pv_madvise(self._base, min(size, BLOCK_SIZE), lib.MADV_NOHUGEPAGE), "madvise")
 
@@ -83,6 +84,7 @@ class GuestMemory:
         """Writes `data` at `gpa`. Raises MemoryAccessError, with nothing written, unless all of it goes into RAM."""
         source = ffi.from_buffer(data)
         size = ffi.sizeof(source)
+        self.untouched = False
         lib.pv_copy(self._pointer(gpa, size), source, size)
 
     def zero(self, gpa: Gpa, size: int) -> None:
@@ -91,6 +93,7 @@ class GuestMemory:
 
     def view(self, gpa: Gpa, size: int) -> memoryview:
         """A writable view of guest memory, without a copy; it stays valid, and the memory mapped, while it is held."""
+        self.untouched = False
         return memoryview(ffi.buffer(self._pointer(gpa, size), size))
 
     def __getitem__(self, where: slice) -> bytes:

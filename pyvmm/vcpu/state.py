@@ -42,8 +42,8 @@ def save_vcpu(fd: VcpuFd, msr_indices: list[int], xsave_size: int) -> State:
 def check_vcpu(state: State, index: int, xsave_size: int) -> list[tuple[int, int]]:
     """Raises StateError unless the state is whole and of this shape; returns its MSRs in the order to set them."""
     fields = state.require(KIND, VERSION)
-    if state.integer("id") != index:
-        raise StateError(f"the state of vCPU {fields['id']} cannot go into vCPU {index}")
+    if (saved := state.integer("id")) != index:
+        raise StateError(f"the state of vCPU {saved} cannot go into vCPU {index}")
     state.integer("mp_state", 0, 9)
     for name, (_, struct) in {**_BEFORE_MSRS, **_AFTER_MSRS}.items():
         state.blob(name, ffi.sizeof(struct))

@@ -20,6 +20,7 @@ def test_virtual_entry_is_translated_and_a_physical_one_kept():
     read = elf.read(build_elf(higher_half=0xFFFFFFFF80000000, entry=0xFFFFFFFF80100010))
     assert read.physical(read.entry) == Gpa(0x100010)
     assert read.physical(0x100010) == Gpa(0x100010)
+    assert read.physical(0xFFFFFFFF80100000 + 0x1000) == Gpa(0xFFFFFFFF80101000)
 
 
 def test_segments_without_memory_are_ignored():

@@ -42,6 +42,10 @@ def test_what_is_wrong_is_named(parse, data, at, message):
     assert str(caught.value) == message
 
 
+def test_flat16_may_end_at_1_mib():
+    assert flat.parse16(bytes(MIB - 1), Gpa(1)).segments[0].end == Gpa(MIB)
+
+
 def test_flat64_gets_its_command_line_in_registers():
     boot = flat.boot64(flat.parse64(b"\xf4"), RAM, "pages=7 ä", ())
     assert boot.segments == (Segment(Gpa(0x20000), b"pages=7 \xc3\xa4\0", 11),)

@@ -84,6 +84,14 @@ def test_read_image(tmp_path):
     assert image.read_image(path) == image.read_image(str(path)) == image.parse_image(build_pvh())
 
 
+def test_the_largest_file_is_read(tmp_path, monkeypatch):
+    data = build_pvh()
+    path = tmp_path / "guest"
+    path.write_bytes(data)
+    monkeypatch.setattr(image, "MAX_FILE_SIZE", len(data))
+    assert image.read_image(path).format == "pvh"
+
+
 def make_huge(path):
     with path.open("wb") as file:
         file.truncate(image.MAX_FILE_SIZE + 1)

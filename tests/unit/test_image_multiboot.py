@@ -35,6 +35,15 @@ def test_image_of_address_fields_with_an_end_and_bss():
     assert (segment.gpa, segment.data, segment.memory_size) == (Gpa(0x100004), data[:0x50], 0x7FFC)
 
 
+def test_address_fields_may_leave_out_what_lies_before_the_header():
+    header = multiboot_header(0x10003, 0x100000, 0x100000, 0x100060, 0, 0x100020)
+    data = bytes(8) + header + CODE
+    (segment,) = multiboot.parse(data).segments
+    assert (segment.gpa, segment.data) == (Gpa(0x100000), header + CODE)
+    with pytest.raises(ImageError, match="load_end_addr 0x100060 is not within the file"):
+        multiboot.parse(data[:-1])
+
+
 def test_address_fields_come_before_an_elf_header():
     header = multiboot_header(0x10003, 0x200078, 0x200078, 0, 0, 0x200080)
     image = multiboot.parse(build_elf(32, loads=((0x100000, bytes(36) + header + CODE, 0x1000),)))
@@ -107,11 +116,13 @@ def test_info():
     (loader_name,) = struct.unpack_from("<I", info, 64)
     assert flags == 1 << 0 | 1 << 2 | 1 << 3 | 1 << 6 | 1 << 9
     assert (mem_lower, mem_upper) == (639, (3 * GIB - MIB) // 1024)
+    assert min(mmap_addr, mods_addr, loader_name) >= 0x6000 + 116
     assert read_text(boot, cmdline) == b"quiet"
     assert read_text(boot, loader_name) == b"pyvmm"
 
     mods = list(struct.iter_unpack("<4I", read_guest(boot, mods_addr, 16 * mods_count)))
     assert [entry[:2] for entry in mods] == [(64 * MIB, 64 * MIB + 4097), (80 * MIB, 80 * MIB + 5)]
+    assert [entry[3] for entry in mods] == [0, 0]
     assert [read_text(boot, entry[2]) for entry in mods] == [b"first", b"second"]
 
     ranges = list(struct.iter_unpack("<IQQI", read_guest(boot, mmap_addr, mmap_length)))

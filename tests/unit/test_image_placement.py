@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyvmm.errors import BadInput, ImageError
-from pyvmm.image.bootinfo import encode_command_line, memory_map
+from pyvmm.image.bootinfo import InfoArea, encode_command_line, memory_map
 from pyvmm.image.model import Module, Segment, check_apart
 from pyvmm.image.placement import check_fits, place_modules
 from pyvmm.layout import GIB, MIB, PAGE_SIZE, Gpa, parse_size, ram_regions
@@ -32,6 +32,7 @@ def test_segments_that_just_fit(segment, memory):
             2 * MIB,
             "needs memory up to 0x800000, the VM has 2M; try --mem 8M",
         ),
+        ([zeros(MIB, 3 * GIB - MIB)], 2 * MIB, "needs memory up to 0xc0000000, the VM has 2M; try --mem 3G"),
         ([zeros(2 * MIB, 1)], 2 * MIB, "needs memory up to 0x200001, the VM has 2M; try --mem 4M"),
         ([zeros(4 * GIB, GIB)], 1 * GIB, "needs memory up to 0x140000000, the VM has 1G; try --mem 4G"),
         (
@@ -67,6 +68,13 @@ def test_modules_go_to_the_top_of_low_ram():
     assert placed == (Module(Gpa(16 * MIB - 8192), 4097, "a"), Module(Gpa(16 * MIB - 12288), 1, "b"))
     (low,) = place_modules([(4096, "")], ram_regions(8 * GIB), ())
     assert low.gpa == Gpa(3 * GIB - 4096)
+
+
+def test_modules_may_begin_at_1_mib_but_not_below():
+    (module,) = place_modules([(MIB, "")], ram_regions(2 * MIB), ())
+    assert module.gpa == Gpa(MIB)
+    with pytest.raises(ImageError):
+        place_modules([(MIB + 1, "")], ram_regions(2 * MIB), ())
 
 
 def test_modules_go_around_segments():
@@ -115,6 +123,18 @@ def test_placed_modules_are_aligned_in_ram_and_apart(sizes, areas):
 
 def test_memory_map_of_the_smallest_vm():
     assert memory_map(ram_regions(2 * MIB)) == [(0, 0x9FC00, 1), (0x9FC00, 0x60400, 2), (MIB, MIB, 1)]
+
+
+def test_info_area_is_full_to_the_last_byte_and_no_further():
+    area = InfoArea(56)
+    assert area.put(b"x") == 0x6000 + 56
+    assert area.put(bytes(0xA000 - 64)) == 0x6000 + 64
+    segment = area.segment(b"header")
+    assert (segment.gpa, segment.end, segment.data[:6]) == (Gpa(0x6000), Gpa(0x10000), b"header")
+    with pytest.raises(ImageError, match="too many modules: their descriptions exceed the 40 KiB"):
+        area.put(b"x")
+    with pytest.raises(ImageError, match="too many modules"):
+        InfoArea(56).put(bytes(0xA000 - 55))
 
 
 def test_command_line_limits():

@@ -94,7 +94,10 @@ def test_start_info():
     ]
 
     listed = list(struct.iter_unpack("<QQQQ", read_guest(boot, modlist, 32 * nr_modules)))
-    assert [entry[:2] for entry in listed] == [(64 * MIB, 12345), (32 * MIB, 0)]
+    assert [(start, size, reserved) for start, size, _, reserved in listed] == [
+        (64 * MIB, 12345, 0),
+        (32 * MIB, 0, 0),
+    ]
     assert [read_text(boot, entry[2]) for entry in listed] == [b"initrd", b""]
     assert not any(address % 8 for address in (memmap, modlist))
 

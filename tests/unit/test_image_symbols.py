@@ -9,7 +9,7 @@ from test_image_builders import build_elf
 from pyvmm.image.symbols import Symbols
 
 NOTYPE, OBJECT, FUNC, FILE = 0, 1, 2, 4
-LOCAL, GLOBAL = 0, 1
+LOCAL, GLOBAL, WEAK = 0, 1, 2
 UNDEF, TEXT, ABS = 0, 1, 0xFFF1
 
 
@@ -45,6 +45,10 @@ FILE_DATA = build_symbols(
     ("main_alias", 0x1100, 0, NOTYPE, GLOBAL, TEXT),
     ("helper", 0x1180, 0x10, FUNC, LOCAL, TEXT),
     ("helper", 0x1200, 0x10, FUNC, GLOBAL, TEXT),
+    ("helper", 0x1240, 0x10, FUNC, WEAK, TEXT),
+    ("handler", 0x1260, 0x10, FUNC, LOCAL, TEXT),
+    ("handler", 0x1280, 0x10, FUNC, WEAK, TEXT),
+    ("after_handler", 0x1290, 0, NOTYPE, LOCAL, TEXT),
     ("counter", 0x1300, 8, OBJECT, GLOBAL, TEXT),
     ("tail", 0x1F00, 0, NOTYPE, LOCAL, TEXT),
     ("PORT", 0x1F80, 0, NOTYPE, LOCAL, ABS),
@@ -71,7 +75,9 @@ def symbols():
         (0x113F, "main+0x3f"),
         (0x1140, None),
         (0x1181, "helper+0x1"),
-        (0x1300, None),
+        (0x128F, "handler+0xf"),
+        (0x1290, "after_handler"),
+        (0x1300, "after_handler+0x70"),
         (0x1F84, "tail+0x84"),
         (0x1F94, "tail+0x94"),
         (0x1FFF, "tail+0xff"),
@@ -85,7 +91,14 @@ def test_lookup(symbols, address, name):
 
 @pytest.mark.parametrize(
     ("name", "address"),
-    [("main", 0x1100), ("main_alias", 0x1100), ("helper", 0x1200), ("counter", 0x1300), ("PORT", 0x1F80)],
+    [
+        ("main", 0x1100),
+        ("main_alias", 0x1100),
+        ("helper", 0x1200),
+        ("handler", 0x1280),
+        ("counter", 0x1300),
+        ("PORT", 0x1F80),
+    ],
 )
 def test_address(symbols, name, address):
     assert symbols.address(name) == address
