@@ -1,2 +1,68 @@
 # pyvmm: what a program or a student may call, listed in one place. Imported lazily: `import pyvmm` costs nothing.
-"""A userspace mini-hypervisor on /dev/kvm."""
+"""A userspace mini-hypervisor on /dev/kvm.
+
+with VM(memory="256M", cpus=2) as vm:
+    vm.load("verify")
+    vm.run(timeout=5)
+    print(vm.progress().count, "pages checked")
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pyvmm.errors import BadInput, GuestCrash, HostError, ImageError, KernelError, PyvmmError, StateError
+    from pyvmm.layout import Gfn, Gpa, Hva
+    from pyvmm.machine import VM, Progress, RunResult
+    from pyvmm.memory import GuestMemory
+    from pyvmm.state import State
+    from pyvmm.vcpu import Registers
+
+__version__ = "0.1.0"
+
+# name -> module it lives in
+_PUBLIC = {
+    "VM": "pyvmm.machine",
+    "Progress": "pyvmm.machine",
+    "RunResult": "pyvmm.machine",
+    "GuestMemory": "pyvmm.memory",
+    "Registers": "pyvmm.vcpu",
+    "State": "pyvmm.state",
+    "Gpa": "pyvmm.layout",
+    "Gfn": "pyvmm.layout",
+    "Hva": "pyvmm.layout",
+    "PyvmmError": "pyvmm.errors",
+    "BadInput": "pyvmm.errors",
+    "GuestCrash": "pyvmm.errors",
+    "HostError": "pyvmm.errors",
+    "ImageError": "pyvmm.errors",
+    "KernelError": "pyvmm.errors",
+    "StateError": "pyvmm.errors",
+}
+
+__all__ = [
+    "VM",
+    "BadInput",
+    "Gfn",
+    "Gpa",
+    "GuestCrash",
+    "GuestMemory",
+    "HostError",
+    "Hva",
+    "ImageError",
+    "KernelError",
+    "Progress",
+    "PyvmmError",
+    "Registers",
+    "RunResult",
+    "State",
+    "StateError",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'pyvmm' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_PUBLIC[name]), name)

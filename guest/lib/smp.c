@@ -54,6 +54,7 @@ static void start_cpu(unsigned cpu)
     size_t at = (size_t)((uint8_t *)&trampoline_index - trampoline);
     memcpy((void *)PV_TRAMPOLINE_GPA, trampoline, (size_t)(trampoline_end - trampoline));
     *(volatile uint32_t *)(PV_TRAMPOLINE_GPA + at) = cpu;
+    *lapic(LAPIC_SVR) = 0x1ff; /* enable this LAPIC: firmware may not have */
     interrupt_cpu(cpu, 0x4500); /* INIT, assert */
     interrupt_cpu(cpu, 0x4600 | PV_TRAMPOLINE_GPA >> 12);
     uint64_t start = ticks(), patience = 2000 * ticks_per_ms();

@@ -37,7 +37,7 @@ class Exits:
         self._table: dict[int, Handler] = {
             lib.KVM_EXIT_IO: self._io,
             lib.KVM_EXIT_MMIO: self._mmio_access,
-            lib.KVM_EXIT_DEBUG: lambda vcpu, run: self.on_debug(vcpu, run),
+            lib.KVM_EXIT_DEBUG: self._debug,
             lib.KVM_EXIT_SHUTDOWN: lambda vcpu, run: self._on_crash(vcpu, "shutdown"),
             lib.KVM_EXIT_INTERNAL_ERROR: lambda vcpu, run: self._on_crash(vcpu, "internal_error"),
             lib.KVM_EXIT_FAIL_ENTRY: lambda vcpu, run: self._on_crash(vcpu, "fail_entry"),
@@ -46,6 +46,9 @@ class Exits:
     def __call__(self, vcpu: Vcpu) -> None:
         run = vcpu.fd.run
         self._table.get(run.exit_reason, self._unhandled)(vcpu, run)
+
+    def _debug(self, vcpu: Vcpu, run: CData) -> None:
+        self.on_debug(vcpu, run)  # looked up now: a stepper may have come since
 
     def _unhandled(self, vcpu: Vcpu, run: CData) -> None:
         self._on_crash(vcpu, "unhandled")

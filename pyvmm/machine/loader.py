@@ -95,6 +95,11 @@ def _identity_map() -> bytes:
     directories = [base + (2 + i) * PAGE_SIZE for i in range(4)]
     pml4 = table([base + PAGE_SIZE | present_writable])
     pdpt = table([directory | present_writable for directory in directories])
-    return pml4 + pdpt + table([i * BLOCK_SIZE | present_writable | large for i in range(512)]) + b"".join(
-        table([(i * 512 + j) * BLOCK_SIZE | present_writable | large for j in range(512)]) for i in range(1, 4)
+    return (
+        pml4
+        + pdpt
+        + table([i * BLOCK_SIZE | present_writable | large for i in range(512)])
+        + b"".join(
+            table([(i * 512 + j) * BLOCK_SIZE | present_writable | large for j in range(512)]) for i in range(1, 4)
+        )
     )

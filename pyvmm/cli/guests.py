@@ -1,0 +1,33 @@
+# guests.py: `pyvmm guests`: what pyvmm brings to run. Texts come from the guests' own ELF notes.
+"""Lists the guests, or one guest's options."""
+
+from __future__ import annotations
+
+from pyvmm._native import lib
+from pyvmm.image import elf
+from pyvmm.machine.loader import guest_names, guest_path
+
+
+def about(guest: str) -> tuple[str, list[str]]:
+    """What a guest does, in a line, and a line for each of its options ("" and none where it does not say)."""
+    with open(guest_path(guest), "rb") as file:
+        notes = elf.read(file.read()).notes
+    for note in notes:
+        if note.name.rstrip(b"\0") == b"pyvmm" and note.type == lib.PV_NOTE_ABOUT:
+            first, *options = note.descriptor.rstrip(b"\0").decode("utf-8", "replace").splitlines()
+            return first, options
+    return "", []
+
+
+def run(name: str | None) -> int:
+    """Prints the list, or the options of the guest `name`."""
+    if name is None:
+        for guest in guest_names():
+            print(f"{guest:10} {about(guest)[0]}")
+        return 0
+    line, options = about(name)
+    print(f"{name}: {line}")
+    for option in (*options, "cpus=N how many vCPUs it looks for, where the machine cannot tell"):
+        word, _, meaning = option.partition(" ")
+        print(f"  {word:28} {meaning}")
+    return 0

@@ -1,0 +1,105 @@
+# run.py: `pyvmm run`: one guest in the foreground, its console on this terminal, its status ours.
+"""Runs a guest. Signals stop it; the terminal is restored on every way out."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+
+from pyvmm.console import Console
+from pyvmm.errors import EXIT_BAD_INPUT, EXIT_SIGNAL, BadInput, GuestCrash
+from pyvmm.machine import VM, RunResult
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+    from types import FrameType
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_BROKEN_PIPE = EXIT_SIGNAL + 13
+
+
+class _Stopped(BaseException):
+    """A signal asks us to end."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+def _on_signal(number: int, frame: FrameType | None) -> None:
+    for other in _SIGNALS:  # the way out is not to be interrupted
+        signal.signal(other, signal.SIG_IGN)
+    raise _Stopped(number)
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command: returns the guest's status, 124 after --timeout, 125 after a crash, 128+n after signal n."""
+    if args.timeout is not None and not 0 < args.timeout < 1e9:
+        raise BadInput(f"--timeout {args.timeout:g}: give seconds above 0")
+    if args.trace is not None and args.trace < 1:
+        raise BadInput(f"--trace {args.trace}: give a number of instructions, 1 or more")
+    before = {number: signal.signal(number, _on_signal) for number in _SIGNALS}
+    try:
+        return _run(args)
+    except _Stopped as stopped:
+        return EXIT_SIGNAL + stopped.number
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _run(args: argparse.Namespace) -> int:
+    with VM(memory=args.mem, cpus=args.cpus, pages=args.pages, hugetlb=args.hugetlb) as vm:
+        vm.load(args.guest, args.append, args.initrd, args.format, _address(args.at))
+        if args.trace is not None:
+            vm.trace(args.trace, lambda line: print(line, file=sys.stderr, flush=True))
+        with Console(vm.serial, _usable_stdin()) as console:
+            vm.serial.output = console.output
+            console.on_leave = vm.request_stop
+            console.on_broken = lambda: vm.request_stop(_BROKEN_PIPE)
+            begin = time.monotonic()
+            vm.start()
+            try:
+                result = _wait(vm, args)
+            except GuestCrash as crash:
+                console.close()  # the report belongs on a sane terminal
+                print(f"\n{crash.report.rstrip()}\n\npyvmm: {crash}", file=sys.stderr)
+                return crash.exit_code
+            seconds = time.monotonic() - begin
+        if result.reason == "timeout":
+            print(f"pyvmm: the guest did not end within {args.timeout:g} s", file=sys.stderr)
+            vm.stop()
+        if args.stats:
+            from pyvmm.cli.report import print_stats
+
+            print_stats(vm, seconds)
+        return result.status
+
+
+def _wait(vm: VM, args: argparse.Namespace) -> RunResult:
+    if args.live:
+        from pyvmm.cli.report import wait_live
+
+        return wait_live(vm, args.timeout)
+    return vm.wait(args.timeout)
+
+
+def _address(text: str | None) -> int | None:
+    if text is None:
+        return None
+    try:
+        return int(text, 0)
+    except ValueError:
+        raise BadInput(f"--at {text!r} is not an address: give a number such as 0x7c00") from None
+
+
+def _usable_stdin() -> int:
+    """Descriptor 0, or /dev/null in its place where we were started without one."""
+    try:
+        os.fstat(0)
+    except OSError:
+        if os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC) != 0:
+            raise SystemExit(EXIT_BAD_INPUT) from None
+    return 0

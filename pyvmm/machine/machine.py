@@ -1,0 +1,390 @@
+# machine.py: the VM: owns all parts of one guest and their lifetime; what the parts do is in their own modules.
+"""`VM`: build, load, run, pause, look at, save and restore one guest."""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import ExitStack
+
+from pyvmm._native import ffi, lib
+from pyvmm.errors import BadInput, GuestCrash, LifecycleError, PyvmmError
+from pyvmm.kvm import Kvm
+from pyvmm.layout import PAGE_SIZE, Gpa, Hva, format_size, parse_size
+from pyvmm.machine import loader, saved
+from pyvmm.machine.board import Board, Wires
+from pyvmm.machine.capture import Capture
+from pyvmm.machine.exits import EXIT_NAMES, Exits
+from pyvmm.machine.outcome import PROGRESS_SIZE, TIMED_OUT, Progress, RunResult
+from pyvmm.memory import GuestMemory
+from pyvmm.vcpu import Registers, Vcpu
+from pyvmm.vcpu.cpuid import address_bits, cpuid_for
+from pyvmm.vcpu.registers import read_registers, set_entry, write_registers
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+    from typing import Self
+
+    from pyvmm.devices.serial import Serial
+    from pyvmm.explain import ExitFacts
+    from pyvmm.image.symbols import Symbols
+    from pyvmm.memory.space import Pages
+    from pyvmm.state import State
+
+# In the hole below 4 GiB, for VT-x without "unrestricted guest" (KVM api.rst, 4.36 and 4.42).
+_IDENTITY_MAP, _TSS = 0xFFFB_C000, 0xFFFB_D000
+
+
+class VM:
+    """One virtual machine. A context manager: at its end the guest is stopped and everything is given back.
+
+    memory: size of RAM, bytes or "256M"; cpus: vCPUs, 1 to 64; pages, hugetlb: see GuestMemory;
+    output: called with what the guest prints (bytes), on a vCPU's thread; without one it is kept in `printed`.
+    Raises BadInput for values that cannot be, HostError where the host cannot.
+    """
+
+    def __init__(
+        self,
+        memory: int | str = "64M",
+        cpus: int = 1,
+        pages: Pages = "auto",
+        hugetlb: bool = False,
+        output: Callable[[bytes], None] | None = None,
+    ) -> None:
+        size = parse_size(memory)
+        if not 1 <= cpus <= lib.PV_MAX_CPUS:
+            raise BadInput(f"{cpus} vCPUs: pyvmm takes 1 to {lib.PV_MAX_CPUS}")
+        self._capture = Capture()
+        self._image_path = ""
+        self._result: RunResult | None = None
+        self._failure: BaseException | None = None
+        self._crash: tuple[Vcpu, ExitFacts] | None = None
+        self._paused = False
+        self._running = 0  # vCPU threads that have not ended
+        self._lock = threading.RLock()
+        self._ended = threading.Event()
+        with ExitStack() as stack:
+            kvm = stack.enter_context(Kvm())
+            self._msrs = kvm.msr_indices
+            limit = kvm.check_extension("KVM_CAP_MAX_VCPUS") or kvm.check_extension("KVM_CAP_NR_VCPUS") or 4
+            if cpus > limit:
+                raise BadInput(f"{cpus} vCPUs: this host's KVM takes at most {limit}")
+            cpuid = kvm.supported_cpuid()
+            self.memory = GuestMemory(size, pages, hugetlb, address_bits(cpuid))
+            stack.callback(self.memory.close)
+            self._fd = stack.enter_context(kvm.create_vm())
+            for slot, region in enumerate(self.memory.regions):
+                hva = Hva(self.memory.hva(region.gpa).value)
+                self._fd.set_user_memory_region(slot, region.gpa, region.size, hva)
+            self._fd.set_identity_map_addr(_IDENTITY_MAP)
+            self._fd.set_tss_addr(_TSS)
+            self._fd.create_irqchip()
+            self._fd.create_pit2()
+            self._ports = ffi.new("struct pv_ports *")
+            self._board = Board(Wires(output or self._capture, self._irq_line, self._on_exit_port), self._ports)
+            self._exits = Exits(self._board.ports, self._board.mmio, self._on_crash)
+            self.vcpus: list[Vcpu] = []
+            mmap_size = kvm.vcpu_mmap_size()
+            for index in range(cpus):
+                fd = stack.enter_context(self._fd.create_vcpu(index, mmap_size))
+                fd.set_cpuid2(cpuid_for(cpuid, index, cpus, fd.tsc_khz()))
+                self.vcpus.append(Vcpu(fd, self._ports))
+            if cpus > 1:
+                # KVM's map of APIC ids is drawn while a vCPU is created and lacks that vCPU; a LAPIC set anew redraws
+                # it. Else an IPI would get lost if the guest sent one before it wrote a LAPIC's registers.
+                first = self.vcpus[0].fd
+                lapic = first.get_struct("KVM_GET_LAPIC", "struct kvm_lapic_state")
+                first.set_struct("KVM_SET_LAPIC", "struct kvm_lapic_state", lapic)
+            stack.callback(self._stop_threads)
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stops the guest and gives back memory, threads and descriptors. A second call does nothing."""
+        self._stack.close()
+
+    # ---- a guest's life ----
+
+    def load(
+        self, guest: str, append: str = "", initrd: str | None = None, format: str | None = None, at: int | None = None
+    ) -> None:
+        """Loads a guest of pyvmm's own by name, or an image file; `append` is its command line.
+
+        format, at: for images that do not say what they are (pyvmm.image.FORMATS); at: load address, bytes.
+        Raises ImageError or BadInput, with the VM as it was.
+        """
+        if self._image_path:
+            raise LifecycleError("the VM has its guest already: make another VM for another one")
+        image = loader.read_guest(guest, format, at)
+        entry = loader.load(self.memory, image, append, initrd)
+        set_entry(self.vcpus[0].fd, entry, loader.PAGE_TABLE.value)
+        self._image_path = loader.guest_path(guest)
+
+    def start(self) -> None:
+        """Starts all vCPUs, each in its thread, and returns at once."""
+        with self._lock:
+            if not self._image_path:
+                raise LifecycleError("the VM has no guest yet: load() one, or restore() a saved state")
+            if self._running or self._ended.is_set():
+                raise LifecycleError("the VM was started already")
+            self._running = len(self.vcpus)
+            for vcpu in self.vcpus:
+                vcpu.start(self._exits, self._on_vcpu_end)
+
+    def run(self, timeout: float | None = None) -> RunResult:
+        """Runs the guest until it ends, at most `timeout` seconds; after a timeout it is paused.
+
+        Goes on with a VM that is paused. Raises GuestCrash where the guest crashed.
+        """
+        if not self.started:
+            self.start()
+        elif self._paused:
+            self.resume()
+        result = self.wait(timeout)
+        if result.reason == "timeout":
+            self.pause()
+        return result
+
+    def wait(self, timeout: float | None = None) -> RunResult:
+        """Waits until the guest has ended, at most `timeout` seconds; the guest goes on after a timeout.
+
+        Raises GuestCrash where the guest crashed, or the exception that ended a vCPU's thread.
+        """
+        if not self.started:
+            raise LifecycleError("the VM is not started: nothing would end")
+        if not self._ended.wait(timeout):
+            return TIMED_OUT
+        if self._crash is not None:
+            raise self._explain_crash(*self._crash)
+        if self._failure is not None:
+            raise self._failure
+        return self._result or RunResult("stopped", 0)
+
+    def pause(self) -> float:
+        """Parks all vCPUs and returns the seconds that took. No I/O is half done then, and state can be saved.
+
+        Must not be called on a vCPU's own thread, such as by a device.
+        """
+        if any(vcpu.is_current for vcpu in self.vcpus):
+            raise LifecycleError("a vCPU's own thread cannot wait for its vCPU to pause")
+        begin = time.perf_counter()
+        with self._lock:
+            if not self.started:
+                raise LifecycleError("the VM is not started: there is nothing to pause")
+            self._paused = not self._over
+            for vcpu in self.vcpus if self._paused else ():  # to park now would undo the request to stop
+                vcpu.request_pause()
+        for vcpu in self.vcpus:
+            vcpu.wait_parked()
+        return time.perf_counter() - begin
+
+    def resume(self) -> None:
+        """Lets paused vCPUs go on."""
+        with self._lock:
+            if not self._paused:
+                raise LifecycleError("the VM is not paused")
+            self._paused = False
+            for vcpu in () if self._over else self.vcpus:
+                vcpu.request_run()
+
+    def stop(self, status: int = 0) -> None:
+        """Ends the guest now, as pulling the plug would, and waits until it has."""
+        self._end(RunResult("stopped", status))
+        self._stop_threads()
+
+    def request_stop(self, status: int = 0) -> None:
+        """Ends the guest soon and returns at once. Any thread, also a vCPU's."""
+        self._end(RunResult("stopped", status))
+
+    @property
+    def started(self) -> bool:
+        """Has it been started? Also true after its end."""
+        return self.vcpus[0].started
+
+    @property
+    def ended(self) -> bool:
+        """Have all vCPUs come to their end?"""
+        return self._ended.is_set()
+
+    @property
+    def paused(self) -> bool:
+        """Are the vCPUs parked, or about to be?"""
+        return self._paused
+
+    # ---- looking at it ----
+
+    def progress(self) -> Progress:
+        """What the guest says of its work; read from its progress page, without an exit."""
+        return Progress(self.memory.read(Gpa(lib.PV_PROGRESS_GPA), PROGRESS_SIZE))
+
+    def regs(self, cpu: int = 0) -> Registers:
+        """A vCPU's registers. The VM must be paused, ended or not started."""
+        self._require_still("its registers can be read")
+        return read_registers(self._vcpu(cpu).fd)
+
+    def set_regs(self, cpu: int = 0, /, **values: int) -> None:
+        """Sets general and control registers by name: vm.set_regs(0, rax=1). As regs() otherwise."""
+        self._require_still("its registers can be set")
+        write_registers(self._vcpu(cpu).fd, values)
+
+    def stats(self) -> dict[str, dict[str, int]]:
+        """Counts: "exits" by KVM_EXIT_* in lower case (those handled in C too), "ports" and "mmio" that nobody claims
+        (reads, writes), "kvm" and "vcpus": KVM's binary statistics, the vCPUs' summed up."""
+        exits: dict[str, int] = {}
+        vcpus: dict[str, int] = {}
+        for vcpu in self.vcpus:
+            for reason, count in vcpu.exits().items():
+                name = EXIT_NAMES.get(reason, str(reason))
+                exits[name] = exits.get(name, 0) + count
+            for name, count in vcpu.fd.stats().items():
+                vcpus[name] = vcpus.get(name, 0) + count
+        unknown = self._board.mmio.unknown.values()
+        return {
+            "exits": exits,
+            "ports": {"reads": sum(self._ports.reads), "writes": sum(self._ports.writes)},
+            "mmio": {"reads": sum(count[0] for count in unknown), "writes": sum(count[1] for count in unknown)},
+            "kvm": self._fd.stats(),
+            "vcpus": vcpus,
+        }
+
+    def mappings(self) -> dict[str, int]:
+        """How KVM maps the guest's memory now: "pages_4k", "pages_2m", "pages_1g", by its own statistics."""
+        stats = self._fd.stats()
+        return {name: stats[name] for name in ("pages_4k", "pages_2m", "pages_1g")}
+
+    def unknown_ports(self) -> dict[int, tuple[int, int]]:
+        """Ports that the guest used and nobody claims: port -> (reads, writes), strings counted as their length."""
+        reads, writes = list(self._ports.reads), list(self._ports.writes)
+        return {port: (reads[port], writes[port]) for port in range(len(reads)) if reads[port] or writes[port]}
+
+    # ---- its console ----
+
+    @property
+    def serial(self) -> Serial:
+        """The serial port on 0x3f8."""
+        return self._board.devices["serial"]  # type: ignore[return-value]
+
+    @property
+    def printed(self) -> str:
+        """What the guest printed, where no `output` was given: at most the last MiB."""
+        return self._capture.text().decode("utf-8", "replace")
+
+    def expect(self, text: str, timeout: float = 10.0) -> bool:
+        """Waits until the guest has printed `text`; False where it did not within `timeout` seconds."""
+        return self._capture.wait_for(text.encode(), timeout)
+
+    def type(self, text: str) -> None:
+        """Types `text` at the guest's console."""
+        data = text.encode()
+        if self.serial.room() < len(data):
+            raise BadInput(f"the guest has {self.serial.waiting} unread bytes: {len(data)} more do not fit")
+        self.serial.feed(data)
+
+    # ---- its state ----
+
+    def save(self) -> State:
+        """All state but RAM, as plain data: vCPUs, interrupt controllers, timer, clock, devices. Pause first."""
+        self._require_still("its state can be saved")
+        return saved.save(self._fd, self.vcpus, self._board, self.memory.size, self._msrs())
+
+    def restore(self, state: State) -> None:
+        """Puts a saved state into this VM, of the same shape and not started; RAM is the caller's to copy.
+
+        Raises StateError where it does not fit; the VM must not be started then.
+        """
+        if self.started:
+            raise LifecycleError("a state goes into a VM that has not started")
+        saved.restore(self._fd, self.vcpus, self._board, self.memory.size, state)
+        self._image_path = self._image_path or "restored state"
+
+    # ---- stepping ----
+
+    def trace(self, steps: int, show: Callable[[str], None]) -> None:
+        """Single-steps the first `steps` instructions of vCPU 0 after the start, each shown as a line."""
+        from pyvmm.machine.stepper import Stepper
+
+        if self.started:
+            raise LifecycleError("a trace begins with the guest: ask for it before start()")
+        self._exits.on_debug = Stepper(self.vcpus[0], self.memory, self._symbols(), steps, show)
+
+    # ---- inside ----
+
+    def _vcpu(self, cpu: int) -> Vcpu:
+        if not 0 <= cpu < len(self.vcpus):
+            raise BadInput(f"no vCPU {cpu}: the VM has {len(self.vcpus)}, counted from 0")
+        return self.vcpus[cpu]
+
+    def _require_still(self, what: str) -> None:
+        if self.started and not self._paused and not self.ended:
+            raise LifecycleError(f"the VM is running: pause() it before {what}")
+
+    @property
+    def _over(self) -> bool:
+        """Has something ended the guest, though its threads may not be through?"""
+        return self._result is not None or self._crash is not None or self._failure is not None
+
+    def _irq_line(self, irq: int) -> Callable[[bool], None]:
+        return lambda level: self._fd.irq_line(irq, level)
+
+    def _on_exit_port(self, status: int) -> None:
+        self._end(RunResult("exit", status))
+
+    def _on_crash(self, vcpu: Vcpu, kind: str) -> None:
+        from pyvmm.explain import ExitFacts
+
+        facts = ExitFacts.from_run(kind, vcpu.fd.run)  # type: ignore[arg-type]
+        with self._lock:
+            if not self._over:
+                self._crash = (vcpu, facts)
+        self._request_all_stop()
+
+    def _end(self, result: RunResult) -> None:
+        with self._lock:  # what ended the guest first is what counts
+            if not self._over:
+                self._result = result
+        self._request_all_stop()
+
+    def _request_all_stop(self) -> None:
+        for vcpu in self.vcpus:
+            vcpu.request_stop()
+
+    def _on_vcpu_end(self, vcpu: Vcpu, failure: BaseException | None) -> None:
+        with self._lock:
+            if failure is not None and not self._over:
+                self._failure = failure
+            self._running -= 1
+            last = self._running == 0
+        if failure is not None:
+            self._request_all_stop()
+        if last:
+            self._ended.set()
+
+    def _stop_threads(self) -> None:
+        self._request_all_stop()
+        for vcpu in self.vcpus:
+            vcpu.join()
+
+    def _symbols(self) -> Symbols | None:
+        from pyvmm.image.symbols import Symbols
+
+        try:
+            with open(self._image_path, "rb") as file:
+                return Symbols.from_elf(file.read())
+        except OSError:
+            return None
+
+    def _explain_crash(self, vcpu: Vcpu, facts: ExitFacts) -> PyvmmError:
+        from pyvmm.explain import explain
+
+        found = explain(facts, read_registers(vcpu.fd), self.memory.read, self._symbols(), vcpu.index)
+        return GuestCrash(found.sentence, found.text)
+
+    def __repr__(self) -> str:
+        return f"<VM {format_size(self.memory.size)}, {len(self.vcpus)} vCPUs, {self.memory.size // PAGE_SIZE} pages>"
