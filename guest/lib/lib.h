@@ -120,6 +120,27 @@ static inline uint64_t mix(uint64_t x) /* splitmix64's output function */
 }
 #define GOLDEN 0x9e3779b97f4a7c15
 
+/* A bijection of 0..count-1, another one for each key. Cheap, and good enough to scatter. */
+struct shuffle {
+    uint64_t count, mask, key;
+    unsigned shift;
+};
+static inline struct shuffle shuffle_of(uint64_t count, uint64_t key)
+{
+    unsigned bits = count > 1 ? 64 - (unsigned)__builtin_clzl(count - 1) : 0;
+    return (struct shuffle){.count = count, .mask = (1ul << bits) - 1, .key = key, .shift = bits / 2 + 1};
+}
+static inline uint64_t shuffled(const struct shuffle *shuffle, uint64_t x)
+{
+    do { /* each step is a bijection of 0..mask; going on while outside 0..count-1 makes it one of these */
+        x = (x * (shuffle->key | 1) + (shuffle->key >> 32)) & shuffle->mask;
+        x ^= x >> shuffle->shift;
+        x = (x * GOLDEN) & shuffle->mask;
+        x ^= x >> shuffle->shift;
+    } while (x >= shuffle->count);
+    return x;
+}
+
 /* ---- ports and devices ---- */
 static inline void out8(uint16_t port, uint8_t value) { __asm__ volatile("outb %0, %1" ::"a"(value), "Nd"(port)); }
 static inline uint8_t in8(uint16_t port)

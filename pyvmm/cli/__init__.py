@@ -12,10 +12,19 @@ from pyvmm.errors import EXIT_BAD_INPUT, EXIT_SIGNAL, PyvmmError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from typing import NoReturn
+    from typing import Any, NoReturn
+
+
+class _Formatter(argparse.HelpFormatter):
+    def __init__(self, prog: str) -> None:
+        # The width is given, since argparse would import shutil to ask for it: 3 ms of every start.
+        super().__init__(prog, max_help_position=30, width=100)
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=_Formatter, **options)
+
     def error(self, message: str) -> NoReturn:
         """One line, where argparse would print the whole usage too."""
         self.exit(EXIT_BAD_INPUT, f"{self.prog}: {message} (see '{self.prog} --help')\n")
@@ -36,7 +45,7 @@ def _guests_command(args: argparse.Namespace) -> int:
 def _doctor_command(args: argparse.Namespace) -> int:
     from pyvmm.cli.doctor import run
 
-    return run(args.json)
+    return run(args.json, args.summary)
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
@@ -62,6 +71,7 @@ def _add_guests(parser: argparse.ArgumentParser) -> None:
 
 def _add_doctor(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    parser.add_argument("--summary", action="store_true", help="the few lines that matter most")
 
 
 # name, help, its arguments, what it does

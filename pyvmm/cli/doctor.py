@@ -22,11 +22,13 @@ _SCHEMA = 1
 _TITLE_WIDTH = 23
 
 
-def run(args_json: bool) -> int:
-    """Prints the report, or with `args_json` one JSON object. Returns the exit status: 0 if guests can run, else 1."""
+def run(args_json: bool, summary: bool = False) -> int:
+    """Prints the report, or one JSON object, or a summary. Returns the exit status: 0 if guests can run, else 1."""
     findings, facts = host.findings(), host.facts()
     if args_json:
         print(json.dumps(as_json(findings, facts), indent=2))
+    elif summary:
+        print(summary_line())
     else:
         from rich.console import Console
 
