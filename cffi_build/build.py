@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import compileall
 import importlib.util
 import os
 import shutil
@@ -101,6 +102,7 @@ def main() -> None:
     elif "--tools" not in sys.argv:
         build_extension()
         build_guests()
+        compileall.compile_dir(ROOT / "pyvmm", quiet=1)  # the first start is to be as quick as the second
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pyvmm._native import ffi, lib
 from pyvmm.errors import BadInput, GuestCrash, LifecycleError, PyvmmError
 from pyvmm.kvm import Kvm
 from pyvmm.layout import PAGE_SIZE, Gpa, Hva, format_size, parse_size
-from pyvmm.machine import loader, saved
+from pyvmm.machine import loader
 from pyvmm.machine.board import Board, Wires
 from pyvmm.machine.capture import Capture
 from pyvmm.machine.exits import EXIT_NAMES, Exits
@@ -291,6 +291,8 @@ class VM:
 
     def save(self) -> State:
         """All state but RAM, as plain data: vCPUs, interrupt controllers, timer, clock, devices. Pause first."""
+        from pyvmm.machine import saved
+
         self._require_still("its state can be saved")
         return saved.save(self._fd, self.vcpus, self._board, self.memory.size, self._msrs())
 
@@ -299,6 +301,8 @@ class VM:
 
         Raises StateError where it does not fit; the VM must not be started then.
         """
+        from pyvmm.machine import saved
+
         if self.started:
             raise LifecycleError("a state goes into a VM that has not started")
         saved.restore(self._fd, self.vcpus, self._board, self.memory.size, state)
