@@ -56,6 +56,9 @@ struct pv_vcpu {
  * Call from the vCPU's own thread: all signals but the kick are blocked in it. */
 int pv_run(struct pv_vcpu *vcpu) PV_CHECKED;
 
+/* Enters KVM_RUN until it has returned `exits` times, and looks at nothing: the limit that benchmarks compare with. */
+int pv_run_bare(int vcpu_fd, uint64_t exits) PV_CHECKED;
+
 /* Sets the request and makes the vCPU thread look at it now, wherever it is. Any thread. */
 void pv_request(struct pv_vcpu *vcpu, uint32_t request);
 

@@ -127,6 +127,14 @@ int pv_run(struct pv_vcpu *vcpu)
     return result;
 }
 
+int pv_run_bare(int vcpu_fd, uint64_t exits)
+{
+    while (exits--)
+        if (ioctl(vcpu_fd, KVM_RUN, 0) < 0)
+            return -errno;
+    return 0;
+}
+
 void pv_end(struct pv_vcpu *vcpu)
 {
     set_place(vcpu, PV_PLACE_ENDED);

@@ -12,7 +12,7 @@ from pyvmm.errors import EXIT_BAD_INPUT, EXIT_SIGNAL, PyvmmError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from typing import Any, NoReturn
+    from typing import NoReturn
 
 
 class _Formatter(argparse.HelpFormatter):
@@ -22,8 +22,8 @@ class _Formatter(argparse.HelpFormatter):
 
 
 class _Parser(argparse.ArgumentParser):
-    def __init__(self, **options: Any) -> None:
-        super().__init__(formatter_class=_Formatter, **options)
+    def __init__(self, prog: str, description: str) -> None:
+        super().__init__(prog, description=description, formatter_class=_Formatter)
 
     def error(self, message: str) -> NoReturn:
         """One line, where argparse would print the whole usage too."""
@@ -46,6 +46,12 @@ def _doctor_command(args: argparse.Namespace) -> int:
     from pyvmm.cli.doctor import run
 
     return run(args.json, args.summary)
+
+
+def _bench_command(args: argparse.Namespace) -> int:
+    from pyvmm.cli.bench import run
+
+    return run(args.name, args.json)
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
@@ -74,18 +80,24 @@ def _add_doctor(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--summary", action="store_true", help="the few lines that matter most")
 
 
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", metavar="NAME", help="which one; without it they are listed")
+    parser.add_argument("--json", action="store_true", help="data instead of a table")
+
+
 # name, help, its arguments, what it does
 COMMANDS: tuple[
     tuple[str, str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]], ...
 ] = (
     ("run", "run a guest", _add_run, _run_command),
     ("guests", "list the guests that pyvmm brings", _add_guests, _guests_command),
+    ("bench", "measure what pyvmm costs", _add_bench, _bench_command),
     ("doctor", "say what this host can do, by trying", _add_doctor, _doctor_command),
 )
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="pyvmm", description="A userspace mini-hypervisor on /dev/kvm.")
+    parser = _Parser("pyvmm", "A userspace mini-hypervisor on /dev/kvm.")
     parser.add_argument("--version", action="store_true", help="print the version")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
     for name, text, add_arguments, command in COMMANDS:

@@ -27,7 +27,9 @@ def run(name: str | None) -> int:
         return 0
     line, options = about(name)
     print(f"{name}: {line}")
-    for option in (*options, "cpus=N how many vCPUs it looks for, where the machine cannot tell"):
+    if not any(option.startswith("cpus=") for option in options):  # the guests' library takes it for all
+        options.append("cpus=N vCPUs to look for, where the machine cannot tell")
+    for option in options:
         word, _, meaning = option.partition(" ")
         print(f"  {word:28} {meaning}")
     return 0

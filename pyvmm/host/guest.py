@@ -71,9 +71,9 @@ class TrialGuest:
             self.vm.set_user_memory_region(1, DATA, SIZE - BLOCK_SIZE, self.memory.hva(DATA), flags)
             self.fd: VcpuFd = stack.enter_context(self.vm.create_vcpu(0, kvm.vcpu_mmap_size()))
             self.fd.set_cpuid2(kvm.supported_cpuid())
-            self._ports = ffi.new("struct pv_ports *")
-            self._ports.action[MARK] = self._ports.action[END] = lib.PV_PORT_PYTHON
-            self._vcpu = Vcpu(self.fd, self._ports)
+            self.ports = ffi.new("struct pv_ports *")
+            self.ports.action[MARK] = self.ports.action[END] = lib.PV_PORT_PYTHON
+            self.vcpu = Vcpu(self.fd, self.ports)
             self._map_identity()
             self._stack = stack.pop_all()
 
@@ -85,16 +85,20 @@ class TrialGuest:
 
     def start(self, code: bytes, ring: int, debug: int = 0, **registers: int) -> None:
         """Lets the guest run `code` from its first byte, in a thread of its own. `debug`: KVM_GUESTDBG_* flags."""
-        self.memory.write(_CODE, code)
-        set_entry(self.fd, Entry("long64", _CODE, registers), _PML4.value)
-        if ring:
-            self._lower_privilege(ring)
+        self.place(code, ring, **registers)
         if debug:  # only now: KVM steps from the RIP that it finds here
             self.fd.set_guest_debug(debug)
         self.marks, self.steps, self._failure = [], [], None
         self._ended.clear()
-        self._vcpu.request_run()
-        self._vcpu.start(self._on_exit, self._on_end)
+        self.vcpu.request_run()
+        self.vcpu.start(self._on_exit, self._on_end)
+
+    def place(self, code: bytes, ring: int, **registers: int) -> None:
+        """Points the vCPU at `code`, without running it."""
+        self.memory.write(_CODE, code)
+        set_entry(self.fd, Entry("long64", _CODE, registers), _PML4.value)
+        if ring:
+            self._lower_privilege(ring)
 
     def _lower_privilege(self, ring: int) -> None:
         sregs = self.fd.get_sregs()
@@ -113,7 +117,7 @@ class TrialGuest:
         """
         if not self._ended.wait(limit):
             raise HostError(f"the trial guest did not end within {limit:g} s")
-        self._vcpu.join()
+        self.vcpu.join()
         if self._failure is not None:
             raise self._failure
 
@@ -143,8 +147,8 @@ class TrialGuest:
 
     def close(self) -> None:
         """Stops the guest if it still runs, and frees all it had."""
-        self._vcpu.request_stop()
-        self._vcpu.join()
+        self.vcpu.request_stop()
+        self.vcpu.join()
         self._stack.close()
 
     def __enter__(self) -> Self:

@@ -1,0 +1,62 @@
+# conftest.py: loads pyvmm's own pytest plugin, ends tests that hang, and sees that tests of KVM leave nothing behind.
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+# Where pyvmm is installed, editable or not, its entry point has loaded the plugin before any conftest.
+pytest_plugins = ["pytester", *([] if "pyvmm.pytest_plugin" in sys.modules else ["pyvmm.pytest_plugin"])]
+
+TEST_SECONDS = 60
+SETTLE_SECONDS = 2
+"""For what ends by itself soon: KVM's worker threads, children that were killed."""
+
+_stderr = pytest.StashKey[int]()
+
+
+def pytest_configure(config):
+    config.stash[_stderr] = os.dup(2)  # the capture of output is not in place here
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    faulthandler.dump_traceback_later(TEST_SECONDS, exit=True, file=item.config.stash[_stderr])
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def held():
+    """What this process has: descriptors by what they are, threads of Python's and of the kernel's, children."""
+    fds = Counter()
+    for fd in Path("/proc/self/fd").iterdir():
+        try:
+            fds[f"descriptor of {os.readlink(fd)}"] += 1
+        except FileNotFoundError:  # the one that lists them
+            continue
+    tasks = list(Path("/proc/self/task").iterdir())
+    threads = Counter(f"thread {thread.name}" for thread in threading.enumerate())
+    children = Counter(f"child {pid}" for task in tasks for pid in (task / "children").read_text().split())
+    return fds + threads + children + Counter({"task": len(tasks)})
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(request):
+    """A test that needs KVM gives back all that it took. Set up first and so checked last."""
+    if request.node.get_closest_marker("needs") is None and "vm" not in request.fixturenames:
+        yield
+        return
+    before = held()
+    yield
+    end = time.monotonic() + SETTLE_SECONDS
+    while (left := held() - before) and time.monotonic() < end:
+        time.sleep(0.005)
+    assert not left, f"left behind: {', '.join(left.elements())}"

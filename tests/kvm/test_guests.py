@@ -1,0 +1,133 @@
+# test_guests.py: every guest that pyvmm brings, as rows of a table; each guest checks itself and says so.
+from __future__ import annotations
+
+import pytest
+
+from pyvmm.errors import GuestCrash
+from pyvmm.pytest_plugin import needs
+
+pytestmark = needs("kvm")
+
+# guest, memory, vCPUs, command line, seconds, status, what it prints
+GUESTS = [
+    ("hello", "64M", 1, "", 10, 0, "hello from a guest\n"),
+    ("hello", "2M", 1, "text=small", 10, 0, "small\n"),
+    ("hello", "64G", 1, "text=large", 10, 0, "large\n"),
+    ("hello", "3G", 1, "", 10, 0, "hello"),
+    ("hello", "5G", 4, "status=77", 10, 77, "hello"),
+    ("hello", "64M", 1, "status=255", 10, 255, "hello"),
+    ("hello", "64M", 1, "colour=red", 10, 2, "hello: unknown option colour=red"),
+    ("hello", "64M", 1, "status=many", 10, 2, "hello: "),
+    ("smp", "64M", 1, "count=1M", 20, 0, "SUCCESS: 1 CPU, 1048576 adds\n"),
+    ("smp", "64M", 2, "count=1M", 20, 0, "SUCCESS: 2 CPUs, 2097152 adds\n"),
+    ("smp", "2M", 4, "count=300000", 30, 0, "SUCCESS: 4 CPUs, 1200000 adds\n"),
+    ("smp", "64M", 64, "count=10000", 50, 0, "SUCCESS: 64 CPUs, 640000 adds\n"),
+    ("timer", "64M", 1, "ticks=50", 20, 0, "SUCCESS: 50 ticks"),
+    ("timer", "2M", 1, "ticks=20 mode=oneshot", 20, 0, "SUCCESS: 20 ticks"),
+    ("timer", "64M", 2, "ticks=20 mode=deadline wait=spin", 20, 0, "SUCCESS: 20 ticks"),
+]
+
+# kind -> the exception's name; `br` and `ts` are raised by `int N`, see REFUSABLE
+FAULTS = {
+    "de": "#DE", "db": "#DB", "bp": "#BP", "of": "#OF", "br": "#BR", "ud": "#UD", "nm": "#NM", "df": "#DF", "ts": "#TS",
+    "np": "#NP", "ss": "#SS", "gp": "#GP", "pf": "#PF", "mf": "#MF", "ac": "#AC", "xm": "#XM",
+}  # fmt: skip
+REFUSABLE = ("br", "ts")
+"""Hosts may make #UD of `int 5` and `int 10` in ring 3."""
+
+
+def run(vm, guest, append="", seconds=10, **options):
+    machine = vm(**options)
+    machine.load(guest, append)
+    return machine, machine.run(timeout=seconds)
+
+
+@pytest.mark.parametrize(("guest", "memory", "cpus", "append", "seconds", "status", "printed"), GUESTS)
+def test_guest(vm, guest, memory, cpus, append, seconds, status, printed):
+    machine, result = run(vm, guest, append, seconds, memory=memory, cpus=cpus)
+    assert printed in machine.printed
+    assert (result.reason, result.status) == ("exit", status)
+    progress = machine.progress()
+    assert (progress.guest, progress.status) == (guest, "failed" if status else "done")
+
+
+@pytest.mark.parametrize("pages", ["auto", "4k", pytest.param("2m", marks=needs("thp"))])
+@pytest.mark.parametrize("guest", ["hello", "smp"])
+def test_page_sizes(vm, guest, pages):
+    _, result = run(vm, guest, "count=1000" if guest == "smp" else "", 20, memory="16M", cpus=2, pages=pages)
+    assert result.ok
+
+
+@needs("hugetlb", optional=True)
+def test_reserved_huge_pages(vm):
+    _, result = run(vm, "hello", memory="4M", hugetlb=True)
+    assert result.ok
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_exception_caught(vm, kind):
+    machine, result = run(vm, "faults", f"kind={kind}")
+    if kind in REFUSABLE and result.status:
+        assert "FAIL: the vector is 0x6, not" in machine.printed
+        assert "this host does not let ring 3 raise that one by `int`" in machine.printed
+        assert result.status == 1
+        return
+    assert f"SUCCESS: caught {FAULTS[kind]}" in machine.printed
+    assert result.ok
+
+
+@pytest.mark.parametrize("kind", [*FAULTS, "triple"])
+def test_exception_not_caught(vm, kind):
+    """Without an IDT each becomes a triple fault, which the report explains by what is left of the first fault."""
+    with pytest.raises(GuestCrash) as caught:
+        run(vm, "faults", f"kind={kind} catch=0")
+    assert str(caught.value).count("\n") == 0
+    assert "rip" in caught.value.report
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [("pf", ("0x600d00000000", "write_to_unmapped_page", "walk_list")), ("de", ("divide_by_zero",))],
+)
+def test_a_crash_is_explained(vm, kind, words):
+    with pytest.raises(GuestCrash) as caught:
+        run(vm, "faults", f"kind={kind} catch=0")
+    for word in words:
+        assert word in caught.value.report
+
+
+@pytest.mark.parametrize("kind", ["hang", "hlt-off"])
+def test_a_guest_that_does_not_end_is_timed_out(vm, kind):
+    machine, result = run(vm, "faults", f"kind={kind}", 0.2)
+    assert (result.reason, result.status) == ("timeout", 124)
+    assert machine.paused
+    machine.stop(3)
+    assert machine.wait().status == 3
+
+
+def test_echo(vm):
+    machine = vm()
+    machine.load("echo", "until=enough")
+    machine.type("early ")  # before it has started
+    machine.start()
+    assert machine.expect("early ")
+    machine.type("line\rnext")
+    assert machine.expect("line\r\nnext")
+    machine.type("\renough\r")
+    assert machine.wait(10).ok
+    assert machine.printed == "early line\r\nnext\r\nenough\r\n"
+    assert machine.progress().passes == 3
+
+
+def test_echo_of_many_bytes(vm):
+    """More than a FIFO, fed while the guest reads: none lost, none doubled, in order."""
+    text = "".join(f"{number:04}," for number in range(400))
+    machine = vm()
+    machine.load("echo")
+    machine.start()
+    for at in range(0, len(text), 97):
+        machine.type(text[at : at + 97])
+    assert machine.expect(text[-20:])
+    machine.type("\x04")
+    assert machine.wait(10).ok
+    assert machine.printed == text
