@@ -94,7 +94,7 @@ def build_guests() -> None:
 
 def main() -> None:
     """Builds all; with --tools only looks whether that is possible, with --check only holds the C to no warnings."""
-    if sys.version_info < (3, 11):  # noqa: UP036: an older Python is just what this is for
+    if sys.version_info < (3, 11):  # noqa: UP036 (an older Python is just what this is for)
         sys.exit("pyvmm: needs Python 3.11 or newer; run make with PYTHON=python3.11, or a newer one")
     require_tools()
     if "--check" in sys.argv:

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import re
-
 from pyvmm.errors import BadInput
 from pyvmm.record import Record
 
@@ -124,7 +122,6 @@ def ram_regions(size: int) -> tuple[Region, ...]:
     return tuple(regions)
 
 
-_SIZE = re.compile(r"(\d+)\s*([kmgt]?)(?:i?b)?", re.ASCII | re.IGNORECASE)
 _UNITS = {"": 1, "k": KIB, "m": MIB, "g": GIB, "t": 1 << 40}
 
 
@@ -135,10 +132,16 @@ def parse_size(text: str | int) -> int:
     """
     if isinstance(text, int):
         return text
-    match = _SIZE.fullmatch(text.strip())
-    if match is None:
+    digits = text.strip().lower()
+    for suffix in ("ib", "b"):
+        if digits.endswith(suffix):
+            digits = digits.removesuffix(suffix)
+            break
+    unit = digits[-1:] if digits[-1:] in _UNITS else ""
+    digits = digits.removesuffix(unit).rstrip()
+    if not (digits.isascii() and digits.isdigit()) or len(digits) > 20:
         raise BadInput(f"{text!r} is not a size: give bytes, or a number with K, M, G or T, such as 256M")
-    return int(match[1]) * _UNITS[match[2].lower()]
+    return int(digits) * _UNITS[unit]
 
 
 def format_size(size: int) -> str:

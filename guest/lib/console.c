@@ -1,4 +1,4 @@
-/* console.c: output on the serial port. A whole string is one `rep outsb`: one exit, not one a byte. */
+/* console.c: output on the serial port. A whole string is one `rep outsb`; KVM may still exit for each byte. */
 #include "lib.h"
 
 void print_bytes(const char *text, size_t size)

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pyvmm.bench import Result
+from pyvmm.cli.parse import Arguments
 from pyvmm.errors import BadInput
 
 # name -> what it measures; the module of that name in pyvmm.bench has measure()
@@ -20,8 +21,9 @@ BENCHMARKS = {
 }
 
 
-def run(name: str | None, as_json: bool) -> int:
-    """Runs the benchmark `name`, or lists them."""
+def run(args: Arguments) -> int:
+    """Runs one benchmark, or lists them."""
+    name = args.name
     if name is None:
         for each, text in BENCHMARKS.items():
             print(f"{each:8} {text}")
@@ -29,7 +31,7 @@ def run(name: str | None, as_json: bool) -> int:
     if name not in BENCHMARKS:
         raise BadInput(f"no benchmark {name!r}: choose one of {', '.join(BENCHMARKS)}")
     results: list[Result] = import_module(f"pyvmm.bench.{name}").measure()
-    if as_json:
+    if args.json:
         rows = [{"name": r.name, "unit": r.unit, "median": r.median, "values": list(r.values)} for r in results]
         json.dump({"benchmark": name, "results": rows}, sys.stdout)
         print()

@@ -16,18 +16,20 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from pyvmm.cli.parse import Arguments
+
 EXIT_NO_GUESTS = 1
 """No guest can run on this host."""
 _SCHEMA = 1
 _TITLE_WIDTH = 23
 
 
-def run(args_json: bool, summary: bool = False) -> int:
-    """Prints the report, or one JSON object, or a summary. Returns the exit status: 0 if guests can run, else 1."""
+def run(args: Arguments) -> int:
+    """Prints the report; with --json one object, with --summary a few lines. Returns 0 if guests can run, else 1."""
     findings, facts = host.findings(), host.facts()
-    if args_json:
+    if args.json:
         print(json.dumps(as_json(findings, facts), indent=2))
-    elif summary:
+    elif args.summary:
         print(summary_line())
     else:
         from rich.console import Console

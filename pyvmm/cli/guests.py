@@ -7,6 +7,10 @@ from pyvmm._native import lib
 from pyvmm.image import elf
 from pyvmm.machine.loader import guest_names, guest_path
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pyvmm.cli.parse import Arguments
+
 
 def about(guest: str) -> tuple[str, list[str]]:
     """What a guest does, in a line, and a line for each of its options ("" and none where it does not say)."""
@@ -19,8 +23,9 @@ def about(guest: str) -> tuple[str, list[str]]:
     return "", []
 
 
-def run(name: str | None) -> int:
-    """Prints the list, or the options of the guest `name`."""
+def run(args: Arguments) -> int:
+    """Prints the list, or the options of one guest."""
+    name = args.guest
     if name is None:
         for guest in guest_names():
             print(f"{guest:10} {about(guest)[0]}")

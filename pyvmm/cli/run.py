@@ -14,8 +14,9 @@ from pyvmm.machine import VM, RunResult
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import argparse
     from types import FrameType
+
+    from pyvmm.cli.parse import Arguments
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _BROKEN_PIPE = EXIT_SIGNAL + 13
@@ -34,7 +35,7 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
     raise _Stopped(number)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Arguments) -> int:
     """The command: returns the guest's status, 124 after --timeout, 125 after a crash, 128+n after signal n."""
     if args.timeout is not None and not 0 < args.timeout < 1e9:
         raise BadInput(f"--timeout {args.timeout:g}: give seconds above 0")
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
             signal.signal(number, handler)
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(args: Arguments) -> int:
     with VM(memory=args.mem, cpus=args.cpus, pages=args.pages, hugetlb=args.hugetlb) as vm:
         vm.load(args.guest, args.append, args.initrd, args.format, _address(args.at))
         if args.trace is not None:
@@ -78,7 +79,7 @@ def _run(args: argparse.Namespace) -> int:
         return result.status
 
 
-def _wait(vm: VM, args: argparse.Namespace) -> RunResult:
+def _wait(vm: VM, args: Arguments) -> RunResult:
     if args.live:
         from pyvmm.cli.report import wait_live
 

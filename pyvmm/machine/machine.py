@@ -62,6 +62,7 @@ class VM:
         self._failure: BaseException | None = None
         self._crash: tuple[Vcpu, ExitFacts] | None = None
         self._paused = False
+        self._closed = False
         self._running = 0  # vCPU threads that have not ended
         self._lock = threading.RLock()
         self._ended = threading.Event()
@@ -97,7 +98,7 @@ class VM:
                 first = self.vcpus[0].fd
                 lapic = first.get_struct("KVM_GET_LAPIC", "struct kvm_lapic_state")
                 first.set_struct("KVM_SET_LAPIC", "struct kvm_lapic_state", lapic)
-            stack.callback(self._stop_threads)
+            stack.callback(self._shut)
             self._stack = stack.pop_all()
 
     def __enter__(self) -> Self:
@@ -107,7 +108,12 @@ class VM:
         self.close()
 
     def close(self) -> None:
-        """Stops the guest and gives back memory, threads and descriptors. A second call does nothing."""
+        """Stops the guest and gives back memory, threads and descriptors. A second call does nothing.
+
+        Must not be called on a vCPU's own thread; stop the guest there, by request_stop().
+        """
+        if any(vcpu.is_current for vcpu in self.vcpus):
+            raise LifecycleError("a vCPU's own thread cannot close its VM: request_stop() it there")
         self._stack.close()
 
     # ---- a guest's life ----
@@ -120,6 +126,7 @@ class VM:
         format, at: for images that do not say what they are (pyvmm.image.FORMATS); at: load address, bytes.
         Raises ImageError or BadInput, with the VM as it was.
         """
+        self._require_open()
         if self._image_path:
             raise LifecycleError("the VM has its guest already: make another VM for another one")
         image = loader.read_guest(guest, format, at)
@@ -130,6 +137,7 @@ class VM:
     def start(self) -> None:
         """Starts all vCPUs, each in its thread, and returns at once."""
         with self._lock:
+            self._require_open()
             if not self._image_path:
                 raise LifecycleError("the VM has no guest yet: load() one, or restore() a saved state")
             if self._running or self._ended.is_set():
@@ -176,6 +184,7 @@ class VM:
             raise LifecycleError("a vCPU's own thread cannot wait for its vCPU to pause")
         begin = time.perf_counter()
         with self._lock:
+            self._require_open()
             if not self.started:
                 raise LifecycleError("the VM is not started: there is nothing to pause")
             self._paused = not self._over
@@ -237,6 +246,7 @@ class VM:
     def stats(self) -> dict[str, dict[str, int]]:
         """Counts: "exits" by KVM_EXIT_* in lower case (those handled in C too), "ports" and "mmio" that nobody claims
         (reads, writes), "kvm" and "vcpus": KVM's binary statistics, the vCPUs' summed up."""
+        self._require_open()
         exits: dict[str, int] = {}
         vcpus: dict[str, int] = {}
         for vcpu in self.vcpus:
@@ -256,6 +266,7 @@ class VM:
 
     def mappings(self) -> dict[str, int]:
         """How KVM maps the guest's memory now: "pages_4k", "pages_2m", "pages_1g", by its own statistics."""
+        self._require_open()
         stats = self._fd.stats()
         return {name: stats[name] for name in ("pages_4k", "pages_2m", "pages_1g")}
 
@@ -303,6 +314,7 @@ class VM:
         """
         from pyvmm.machine import saved
 
+        self._require_open()
         if self.started:
             raise LifecycleError("a state goes into a VM that has not started")
         saved.restore(self._fd, self.vcpus, self._board, self.memory.size, state)
@@ -314,6 +326,7 @@ class VM:
         """Single-steps the first `steps` instructions of vCPU 0 after the start, each shown as a line."""
         from pyvmm.machine.stepper import Stepper
 
+        self._require_open()
         if self.started:
             raise LifecycleError("a trace begins with the guest: ask for it before start()")
         self._exits.on_debug = Stepper(self.vcpus[0], self.memory, self._symbols(), steps, show)
@@ -325,7 +338,12 @@ class VM:
             raise BadInput(f"no vCPU {cpu}: the VM has {len(self.vcpus)}, counted from 0")
         return self.vcpus[cpu]
 
+    def _require_open(self) -> None:
+        if self._closed:
+            raise LifecycleError("the VM is closed")
+
     def _require_still(self, what: str) -> None:
+        self._require_open()
         if self.started and not self._paused and not self.ended:
             raise LifecycleError(f"the VM is running: pause() it before {what}")
 
@@ -356,8 +374,9 @@ class VM:
         self._request_all_stop()
 
     def _request_all_stop(self) -> None:
-        for vcpu in self.vcpus:
-            vcpu.request_stop()
+        with self._lock:  # a request to a vCPU that is closed would write where its shared area was
+            for vcpu in () if self._closed else self.vcpus:
+                vcpu.request_stop()
 
     def _on_vcpu_end(self, vcpu: Vcpu, failure: BaseException | None) -> None:
         with self._lock:
@@ -375,6 +394,11 @@ class VM:
         for vcpu in self.vcpus:
             vcpu.join()
 
+    def _shut(self) -> None:
+        self._stop_threads()
+        with self._lock:
+            self._closed = True
+
     def _symbols(self) -> Symbols | None:
         from pyvmm.image.symbols import Symbols
 
@@ -387,6 +411,7 @@ class VM:
     def _explain_crash(self, vcpu: Vcpu, facts: ExitFacts) -> PyvmmError:
         from pyvmm.explain import explain
 
+        self._require_open()
         found = explain(facts, read_registers(vcpu.fd), self.memory.read, self._symbols(), vcpu.index)
         return GuestCrash(found.sentence, found.text)
 

@@ -12,7 +12,7 @@ import pytest
 
 from pyvmm import host
 from pyvmm._native import lib
-from pyvmm.cli import doctor
+from pyvmm.cli import main
 from pyvmm.errors import HostError
 from pyvmm.host import Feature, code, settings, trials_dirty, trials_kvm, trials_memory, trials_uffd
 from pyvmm.host.guest import DATA, TrialGuest
@@ -190,13 +190,13 @@ def test_the_tsc_runs_at_the_rate_that_kvm_says():
 
 
 def test_the_command_as_a_user_runs_it():
-    call = "import sys; from pyvmm.cli import doctor; sys.exit(doctor.run({}))"
-    text = subprocess.run([sys.executable, "-c", call.format(False)], capture_output=True, text=True, check=True)
+    call = "import sys; from pyvmm.cli import main; sys.exit(main(['doctor', *{}]))"
+    text = subprocess.run([sys.executable, "-c", call.format([])], capture_output=True, text=True, check=True)
     assert "Guests can run." in text.stdout
     assert max(map(len, text.stdout.splitlines())) <= 80
     environment = os.environ | {"PYVMM_WITHOUT": "uffd"}
     data = subprocess.run(
-        [sys.executable, "-c", call.format(True)], capture_output=True, text=True, check=True, env=environment
+        [sys.executable, "-c", call.format(["--json"])], capture_output=True, text=True, check=True, env=environment
     )
     report = json.loads(data.stdout)
     assert report["ok"]
@@ -207,5 +207,5 @@ def test_the_command_as_a_user_runs_it():
 
 def test_without_kvm_the_exit_status_is_1(capsys):
     with host.without("kvm"):
-        assert doctor.run(True) == 1
+        assert main(["doctor", "--json"]) == 1
     assert not json.loads(capsys.readouterr().out)["ok"]

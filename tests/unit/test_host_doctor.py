@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from pyvmm import host
-from pyvmm.cli import doctor
+from pyvmm.cli import doctor, main
 from pyvmm.host import Feature, settings, trials_kvm
 from pyvmm.host.feature import Outcome
 from pyvmm.host.probe import PROBES
@@ -86,17 +86,17 @@ def test_a_host_that_tells_nothing_is_shown():
 
 
 @pytest.mark.parametrize(("ok", "status"), [(True, 0), (False, doctor.EXIT_NO_GUESTS)])
-@pytest.mark.parametrize("args_json", [True, False])
-def test_the_exit_status_says_whether_guests_can_run(fake_host, capsys, ok, status, args_json):
+@pytest.mark.parametrize("options", [["--json"], [], ["--summary"]])
+def test_the_exit_status_says_whether_guests_can_run(fake_host, capsys, ok, status, options):
     fake_host(ok)
-    assert doctor.run(args_json) == status
+    assert main(["doctor", *options]) == status
     assert capsys.readouterr().out
 
 
 @pytest.mark.parametrize("ok", [True, False])
 def test_json_has_one_object_with_stable_keys(fake_host, capsys, ok):
     fake_host(ok)
-    doctor.run(True)
+    main(["doctor", "--json"])
     report = json.loads(capsys.readouterr().out)
     assert report.keys() == {"schema", "ok", "seconds", "host", "findings"}
     assert report["ok"] is ok

@@ -1,0 +1,95 @@
+# commands.py: the literal table of commands and their options. A new command is a row here and a module beside it.
+"""What can be typed. `pyvmm.cli.parse` makes arguments of it."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pyvmm.cli.parse import Arguments
+
+
+class Option:
+    """One option or, without dashes in its name, one positional argument.
+
+    kind: str, int, float, or bool for a flag; default: where it is not given (a flag: False); choices: allowed values.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        help: str,
+        kind: type = str,
+        default: object = None,
+        metavar: str | None = None,
+        choices: tuple[str, ...] | None = None,
+        optional: bool = False,
+    ) -> None:
+        self.name = name
+        self.help = help
+        self.kind = kind
+        self.default = False if kind is bool else default
+        self.metavar = metavar
+        self.choices = choices
+        self.optional = optional
+        self.positional = not name.startswith("-")
+        self.field = name.lstrip("-").replace("-", "_")
+
+
+class Command:
+    """`module`: the module in pyvmm.cli whose run(arguments) returns the exit status; imported when it is called."""
+
+    def __init__(self, name: str, help: str, module: str, *options: Option) -> None:
+        self.name = name
+        self.help = help
+        self.module = module
+        self.options = options
+
+    def __call__(self, arguments: Arguments) -> int:
+        function: Callable[[Arguments], int] = import_module(f"pyvmm.cli.{self.module}").run
+        return function(arguments)
+
+
+COMMANDS = (
+    Command(
+        "run",
+        "run a guest",
+        "run",
+        Option("guest", "one of `pyvmm guests`, or an image file", metavar="GUEST|FILE"),
+        Option("--mem", "RAM, such as 256M or 4G (default 64M)", default="64M", metavar="SIZE"),
+        Option("--cpus", "vCPUs, 1 to 64 (default 1)", int, 1, "N"),
+        Option("--pages", "large or small pages behind the RAM", default="auto", choices=("auto", "2m", "4k")),
+        Option("--hugetlb", "take reserved 2 MiB pages (vm.nr_hugepages)", bool),
+        Option("--append", "the guest's command line", default="", metavar='"K=V ..."'),
+        Option("--initrd", "a file handed to the guest beside its image", metavar="FILE"),
+        Option("--format", "pvh, multiboot, flat16 or flat64, where the file does not say", metavar="NAME"),
+        Option("--at", "load address of a flat image, such as 0x7c00", metavar="ADDRESS"),
+        Option("--timeout", "end the guest then, with status 124", float, metavar="SECONDS"),
+        Option("--stats", "print exits, mappings and rates at the end", bool),
+        Option("--live", "show the guest's progress while it runs", bool),
+        Option("--trace", "single-step the first N instructions, and show them", int, metavar="N"),
+    ),
+    Command(
+        "guests",
+        "list the guests that pyvmm brings",
+        "guests",
+        Option("guest", "show this guest's options", metavar="GUEST", optional=True),
+    ),
+    Command(
+        "bench",
+        "measure what pyvmm costs",
+        "bench",
+        Option("name", "which one; without it they are listed", metavar="NAME", optional=True),
+        Option("--json", "data instead of a table", bool),
+    ),
+    Command(
+        "doctor",
+        "say what this host can do, by trying",
+        "doctor",
+        Option("--json", "one JSON object instead of a table", bool),
+        Option("--summary", "the few lines that matter most", bool),
+    ),
+)
