@@ -41,12 +41,12 @@ class _Line:
 
     def _show(self, progress: Progress, work: float, exits: float, now: float) -> Text:
         mappings = self._vm.mappings()
-        return Text.assemble(
+        return Text.assemble(  # 80 columns
             (f"{progress.guest or 'guest':8}", "bold"),
-            f" {now - self._begin:5.1f} s  {progress.status:8}",
-            (f" {_rate(max(work, 0)):>7}/s", "green"),
-            f" {_rate(progress.count):>7} done, {progress.passes} passes, ",
-            f"{mappings['pages_2m']} x 2M + {mappings['pages_4k']} x 4K mapped, {_rate(max(exits, 0))} exits/s",
+            f"{now - self._begin:6.1f} s {progress.status:8}",
+            (f"{_rate(max(work, 0)):>6}/s ", "green"),
+            f"{_rate(progress.count):>6} {progress.passes:>5} passes ",
+            f"{mappings['pages_2m']:>5}x2M {mappings['pages_4k']:>4}x4K {_rate(max(exits, 0)):>6} exits/s",
         )
 
 

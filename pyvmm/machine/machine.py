@@ -3,18 +3,17 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from contextlib import ExitStack
 
 from pyvmm._native import ffi, lib
-from pyvmm.errors import BadInput, GuestCrash, LifecycleError, PyvmmError
+from pyvmm.errors import BadInput, GuestCrash, LifecycleError
 from pyvmm.kvm import Kvm
 from pyvmm.layout import PAGE_SIZE, Gpa, Hva, format_size, parse_size
 from pyvmm.machine import loader
 from pyvmm.machine.board import Board, Wires
 from pyvmm.machine.capture import Capture
 from pyvmm.machine.exits import EXIT_NAMES, Exits
+from pyvmm.machine.lifecycle import Crash, Lifecycle
 from pyvmm.machine.outcome import PROGRESS_SIZE, TIMED_OUT, Progress, RunResult
 from pyvmm.memory import GuestMemory
 from pyvmm.vcpu import Registers, Vcpu
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from typing import Self
 
     from pyvmm.devices.serial import Serial
-    from pyvmm.explain import ExitFacts
     from pyvmm.image.symbols import Symbols
     from pyvmm.memory.space import Pages
     from pyvmm.state import State
@@ -58,14 +56,6 @@ class VM:
             raise BadInput(f"{cpus} vCPUs: pyvmm takes 1 to {lib.PV_MAX_CPUS}")
         self._capture = Capture()
         self._image_path = ""
-        self._result: RunResult | None = None
-        self._failure: BaseException | None = None
-        self._crash: tuple[Vcpu, ExitFacts] | None = None
-        self._paused = False
-        self._closed = False
-        self._running = 0  # vCPU threads that have not ended
-        self._lock = threading.RLock()
-        self._ended = threading.Event()
         with ExitStack() as stack:
             kvm = stack.enter_context(Kvm())
             self._msrs = kvm.msr_indices
@@ -98,7 +88,8 @@ class VM:
                 first = self.vcpus[0].fd
                 lapic = first.get_struct("KVM_GET_LAPIC", "struct kvm_lapic_state")
                 first.set_struct("KVM_SET_LAPIC", "struct kvm_lapic_state", lapic)
-            stack.callback(self._shut)
+            self._life = Lifecycle(self.vcpus)
+            stack.callback(self._life.close)
             self._stack = stack.pop_all()
 
     def __enter__(self) -> Self:
@@ -112,8 +103,7 @@ class VM:
 
         Must not be called on a vCPU's own thread; stop the guest there, by request_stop().
         """
-        if any(vcpu.is_current for vcpu in self.vcpus):
-            raise LifecycleError("a vCPU's own thread cannot close its VM: request_stop() it there")
+        self._life.require_foreign("close it: request_stop() it there")
         self._stack.close()
 
     # ---- a guest's life ----
@@ -126,7 +116,7 @@ class VM:
         format, at: for images that do not say what they are (pyvmm.image.FORMATS); at: load address, bytes.
         Raises ImageError or BadInput, with the VM as it was.
         """
-        self._require_open()
+        self._life.require_open()
         if self._image_path:
             raise LifecycleError("the VM has its guest already: make another VM for another one")
         image = loader.read_guest(guest, format, at)
@@ -136,15 +126,10 @@ class VM:
 
     def start(self) -> None:
         """Starts all vCPUs, each in its thread, and returns at once."""
-        with self._lock:
-            self._require_open()
-            if not self._image_path:
-                raise LifecycleError("the VM has no guest yet: load() one, or restore() a saved state")
-            if self._running or self._ended.is_set():
-                raise LifecycleError("the VM was started already")
-            self._running = len(self.vcpus)
-            for vcpu in self.vcpus:
-                vcpu.start(self._exits, self._on_vcpu_end)
+        self._life.require_open()
+        if not self._image_path:
+            raise LifecycleError("the VM has no guest yet: load() one, or restore() a saved state")
+        self._life.start(self._exits)
 
     def run(self, timeout: float | None = None) -> RunResult:
         """Runs the guest until it ends, at most `timeout` seconds; after a timeout it is paused.
@@ -153,7 +138,7 @@ class VM:
         """
         if not self.started:
             self.start()
-        elif self._paused:
+        elif self.paused:
             self.resume()
         result = self.wait(timeout)
         if result.reason == "timeout":
@@ -167,65 +152,50 @@ class VM:
         """
         if not self.started:
             raise LifecycleError("the VM is not started: nothing would end")
-        if not self._ended.wait(timeout):
+        if not self._life.wait(timeout):
             return TIMED_OUT
-        if self._crash is not None:
-            raise self._explain_crash(*self._crash)
-        if self._failure is not None:
-            raise self._failure
-        return self._result or RunResult("stopped", 0)
+        outcome = self._life.outcome
+        if isinstance(outcome, RunResult):
+            return outcome
+        if isinstance(outcome, Crash):
+            raise self._explained(outcome)
+        assert outcome is not None
+        raise outcome
 
     def pause(self) -> float:
         """Parks all vCPUs and returns the seconds that took. No I/O is half done then, and state can be saved.
 
         Must not be called on a vCPU's own thread, such as by a device.
         """
-        if any(vcpu.is_current for vcpu in self.vcpus):
-            raise LifecycleError("a vCPU's own thread cannot wait for its vCPU to pause")
-        begin = time.perf_counter()
-        with self._lock:
-            self._require_open()
-            if not self.started:
-                raise LifecycleError("the VM is not started: there is nothing to pause")
-            self._paused = not self._over
-            for vcpu in self.vcpus if self._paused else ():  # to park now would undo the request to stop
-                vcpu.request_pause()
-        for vcpu in self.vcpus:
-            vcpu.wait_parked()
-        return time.perf_counter() - begin
+        return self._life.pause()
 
     def resume(self) -> None:
         """Lets paused vCPUs go on."""
-        with self._lock:
-            if not self._paused:
-                raise LifecycleError("the VM is not paused")
-            self._paused = False
-            for vcpu in () if self._over else self.vcpus:
-                vcpu.request_run()
+        self._life.resume()
 
     def stop(self, status: int = 0) -> None:
         """Ends the guest now, as pulling the plug would, and waits until it has."""
-        self._end(RunResult("stopped", status))
-        self._stop_threads()
+        self.request_stop(status)
+        self._life.join()
 
     def request_stop(self, status: int = 0) -> None:
         """Ends the guest soon and returns at once. Any thread, also a vCPU's."""
-        self._end(RunResult("stopped", status))
+        self._life.end(RunResult("stopped", status))
 
     @property
     def started(self) -> bool:
         """Has it been started? Also true after its end."""
-        return self.vcpus[0].started
+        return self._life.started
 
     @property
     def ended(self) -> bool:
         """Have all vCPUs come to their end?"""
-        return self._ended.is_set()
+        return self._life.ended
 
     @property
     def paused(self) -> bool:
         """Are the vCPUs parked, or about to be?"""
-        return self._paused
+        return self._life.paused
 
     # ---- looking at it ----
 
@@ -235,18 +205,18 @@ class VM:
 
     def regs(self, cpu: int = 0) -> Registers:
         """A vCPU's registers. The VM must be paused, ended or not started."""
-        self._require_still("its registers can be read")
+        self._life.require_still("its registers can be read")
         return read_registers(self._vcpu(cpu).fd)
 
     def set_regs(self, cpu: int = 0, /, **values: int) -> None:
         """Sets general and control registers by name: vm.set_regs(0, rax=1). As regs() otherwise."""
-        self._require_still("its registers can be set")
+        self._life.require_still("its registers can be set")
         write_registers(self._vcpu(cpu).fd, values)
 
     def stats(self) -> dict[str, dict[str, int]]:
         """Counts: "exits" by KVM_EXIT_* in lower case (those handled in C too), "ports" and "mmio" that nobody claims
         (reads, writes), "kvm" and "vcpus": KVM's binary statistics, the vCPUs' summed up."""
-        self._require_open()
+        self._life.require_open()
         exits: dict[str, int] = {}
         vcpus: dict[str, int] = {}
         for vcpu in self.vcpus:
@@ -266,7 +236,7 @@ class VM:
 
     def mappings(self) -> dict[str, int]:
         """How KVM maps the guest's memory now: "pages_4k", "pages_2m", "pages_1g", by its own statistics."""
-        self._require_open()
+        self._life.require_open()
         stats = self._fd.stats()
         return {name: stats[name] for name in ("pages_4k", "pages_2m", "pages_1g")}
 
@@ -304,7 +274,7 @@ class VM:
         """All state but RAM, as plain data: vCPUs, interrupt controllers, timer, clock, devices. Pause first."""
         from pyvmm.machine import saved
 
-        self._require_still("its state can be saved")
+        self._life.require_still("its state can be saved")
         return saved.save(self._fd, self.vcpus, self._board, self.memory.size, self._msrs())
 
     def restore(self, state: State) -> None:
@@ -314,7 +284,7 @@ class VM:
         """
         from pyvmm.machine import saved
 
-        self._require_open()
+        self._life.require_open()
         if self.started:
             raise LifecycleError("a state goes into a VM that has not started")
         saved.restore(self._fd, self.vcpus, self._board, self.memory.size, state)
@@ -326,7 +296,7 @@ class VM:
         """Single-steps the first `steps` instructions of vCPU 0 after the start, each shown as a line."""
         from pyvmm.machine.stepper import Stepper
 
-        self._require_open()
+        self._life.require_open()
         if self.started:
             raise LifecycleError("a trace begins with the guest: ask for it before start()")
         self._exits.on_debug = Stepper(self.vcpus[0], self.memory, self._symbols(), steps, show)
@@ -338,66 +308,16 @@ class VM:
             raise BadInput(f"no vCPU {cpu}: the VM has {len(self.vcpus)}, counted from 0")
         return self.vcpus[cpu]
 
-    def _require_open(self) -> None:
-        if self._closed:
-            raise LifecycleError("the VM is closed")
-
-    def _require_still(self, what: str) -> None:
-        self._require_open()
-        if self.started and not self._paused and not self.ended:
-            raise LifecycleError(f"the VM is running: pause() it before {what}")
-
-    @property
-    def _over(self) -> bool:
-        """Has something ended the guest, though its threads may not be through?"""
-        return self._result is not None or self._crash is not None or self._failure is not None
-
     def _irq_line(self, irq: int) -> Callable[[bool], None]:
         return lambda level: self._fd.irq_line(irq, level)
 
     def _on_exit_port(self, status: int) -> None:
-        self._end(RunResult("exit", status))
+        self._life.end(RunResult("exit", status))
 
     def _on_crash(self, vcpu: Vcpu, kind: str) -> None:
         from pyvmm.explain import ExitFacts
 
-        facts = ExitFacts.from_run(kind, vcpu.fd.run)  # type: ignore[arg-type]
-        with self._lock:
-            if not self._over:
-                self._crash = (vcpu, facts)
-        self._request_all_stop()
-
-    def _end(self, result: RunResult) -> None:
-        with self._lock:  # what ended the guest first is what counts
-            if not self._over:
-                self._result = result
-        self._request_all_stop()
-
-    def _request_all_stop(self) -> None:
-        with self._lock:  # a request to a vCPU that is closed would write where its shared area was
-            for vcpu in () if self._closed else self.vcpus:
-                vcpu.request_stop()
-
-    def _on_vcpu_end(self, vcpu: Vcpu, failure: BaseException | None) -> None:
-        with self._lock:
-            if failure is not None and not self._over:
-                self._failure = failure
-            self._running -= 1
-            last = self._running == 0
-        if failure is not None:
-            self._request_all_stop()
-        if last:
-            self._ended.set()
-
-    def _stop_threads(self) -> None:
-        self._request_all_stop()
-        for vcpu in self.vcpus:
-            vcpu.join()
-
-    def _shut(self) -> None:
-        self._stop_threads()
-        with self._lock:
-            self._closed = True
+        self._life.end(Crash(vcpu, ExitFacts.from_run(kind, vcpu.fd.run)))  # type: ignore[arg-type]
 
     def _symbols(self) -> Symbols | None:
         from pyvmm.image.symbols import Symbols
@@ -408,11 +328,12 @@ class VM:
         except OSError:
             return None
 
-    def _explain_crash(self, vcpu: Vcpu, facts: ExitFacts) -> PyvmmError:
+    def _explained(self, crash: Crash) -> GuestCrash:
         from pyvmm.explain import explain
 
-        self._require_open()
-        found = explain(facts, read_registers(vcpu.fd), self.memory.read, self._symbols(), vcpu.index)
+        self._life.require_open()
+        vcpu = crash.vcpu
+        found = explain(crash.facts, read_registers(vcpu.fd), self.memory.read, self._symbols(), vcpu.index)
         return GuestCrash(found.sentence, found.text)
 
     def __repr__(self) -> str:

@@ -1,0 +1,140 @@
+# lifecycle.py: the vCPUs of one VM as one: started, paused, resumed and ended together. Thread-safe.
+"""`Lifecycle`: and which of the things that can end a guest came first."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from pyvmm.errors import LifecycleError
+from pyvmm.machine.outcome import RunResult
+from pyvmm.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pyvmm.explain import ExitFacts
+    from pyvmm.vcpu import Vcpu
+
+
+class Crash(Record):
+    """A guest that cannot go on: which vCPU, and what KVM said of it."""
+
+    __slots__ = ("facts", "vcpu")
+
+    def __init__(self, vcpu: Vcpu, facts: ExitFacts) -> None:
+        self.vcpu = vcpu
+        self.facts = facts
+
+
+class Lifecycle:
+    """The threads of a VM's vCPUs. `paused`: parked, or about to be; `outcome`: what ended the guest, if anything has:
+    a RunResult, a Crash, or the exception that ended a vCPU's thread."""
+
+    def __init__(self, vcpus: list[Vcpu]) -> None:
+        self._vcpus = vcpus
+        self._lock = threading.Lock()
+        self._pausing = threading.Lock()  # held until all are parked, so that a resume() comes before or after
+        self._closed = False
+        self._alive = 0  # threads that have not ended
+        self._ended = threading.Event()
+        self.paused = False
+        self.outcome: RunResult | Crash | BaseException | None = None
+
+    @property
+    def started(self) -> bool:
+        """Has it been started? Also true after its end."""
+        return self._vcpus[0].started
+
+    @property
+    def ended(self) -> bool:
+        """Have all threads come to their end?"""
+        return self._ended.is_set()
+
+    def start(self, on_exit: Callable[[Vcpu], None]) -> None:
+        """Starts all vCPUs, each in its thread. Raises LifecycleError if they were started already."""
+        with self._lock:
+            self.require_open()
+            if self.started:
+                raise LifecycleError("the VM was started already: a guest runs once")
+            self._alive = len(self._vcpus)
+            for vcpu in self._vcpus:
+                vcpu.start(on_exit, self._on_thread_end)
+
+    def wait(self, timeout: float | None) -> bool:
+        """Waits until all threads have ended, at most `timeout` seconds: have they?"""
+        return self._ended.wait(timeout)
+
+    def pause(self) -> float:
+        """Parks all vCPUs and returns the seconds that took; after the guest's end waits for that instead."""
+        self.require_foreign("wait for itself to pause")
+        begin = time.perf_counter()
+        with self._pausing:
+            with self._lock:
+                self.require_open()
+                if not self.started:
+                    raise LifecycleError("the VM is not started: there is nothing to pause")
+                self.paused = self.outcome is None
+                for vcpu in self._vcpus if self.paused else ():  # to park now would undo the request to stop
+                    vcpu.request_pause()
+            for vcpu in self._vcpus:
+                vcpu.wait_parked()
+        return time.perf_counter() - begin
+
+    def resume(self) -> None:
+        """Lets paused vCPUs go on. Raises LifecycleError unless they are paused."""
+        self.require_foreign("resume itself")  # whoever pauses may be waiting for this very thread
+        with self._pausing, self._lock:
+            self.require_open()
+            if not self.paused:
+                raise LifecycleError("the VM is not paused")
+            self.paused = False
+            for vcpu in self._vcpus if self.outcome is None else ():
+                vcpu.request_run()
+
+    def end(self, outcome: RunResult | Crash | BaseException) -> None:
+        """Ends the guest soon; returns at once. What comes first is the outcome."""
+        with self._lock:
+            if self.outcome is None:
+                self.outcome = outcome
+            for vcpu in () if self._closed else self._vcpus:  # a closed vCPU has no shared area to write to any more
+                vcpu.request_stop()
+
+    def join(self) -> None:
+        """Waits until all threads have ended, after end()."""
+        self.require_foreign("wait for its own end: request_stop() it there")
+        for vcpu in self._vcpus:
+            vcpu.join()
+
+    def close(self) -> None:
+        """Ends the guest, if nothing has yet. The vCPUs may be closed then."""
+        self.end(RunResult("stopped", 0))
+        self.join()
+        with self._lock:
+            self._closed = True
+
+    def require_open(self) -> None:
+        """Raises LifecycleError after close()."""
+        if self._closed:
+            raise LifecycleError("the VM is closed")
+
+    def require_foreign(self, what: str) -> None:
+        """Raises LifecycleError on a thread of one of the vCPUs."""
+        if any(vcpu.is_current for vcpu in self._vcpus):
+            raise LifecycleError(f"a VM's own vCPU thread cannot {what}")
+
+    def require_still(self, what: str) -> None:
+        """Raises LifecycleError while the vCPUs run."""
+        self.require_open()
+        if self.started and not self.paused and not self.ended:
+            raise LifecycleError(f"the VM is running: pause() it before {what}")
+
+    def _on_thread_end(self, vcpu: Vcpu, failure: BaseException | None) -> None:
+        if failure is not None:
+            self.end(failure)
+        with self._lock:
+            self._alive -= 1
+            last = self._alive == 0
+        if last:
+            self._ended.set()

@@ -1,0 +1,2 @@
+# testing: what tests of pyvmm, and of what is built on it, need beside it.
+"""Models of what guests do to their memory: `verify_model`."""
