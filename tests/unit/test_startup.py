@@ -14,10 +14,10 @@ RUN = "from pyvmm.cli import main; main(['run', 'hello', '--timeout', '10'])"
 
 CASES = [
     ("import pyvmm", (*LATE, "pyvmm._native", "pyvmm.machine", "argparse", "re", "threading")),
-    ("from pyvmm.cli import main; main(['--version'])", (*LATE, "pyvmm._native", "pyvmm.machine")),
+    ("from pyvmm.cli.parse import parse; parse(['run', 'hello'])", (*LATE, "pyvmm._native", "argparse", "re")),
     ("from pyvmm import VM", LATE),
     ("import pyvmm.machine.loader, pyvmm.console, pyvmm.cli.run", LATE),
-    (RUN, LATE),
+    (RUN, (*LATE, "argparse", "re")),
     ("import pytest, sys; known = set(sys.modules); import pyvmm.pytest_plugin", ("pyvmm.errors", "pyvmm.host")),
 ]
 
