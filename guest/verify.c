@@ -11,7 +11,7 @@
  *     word j  = base + j * GOLDEN, or all zeros where mix(base) % 1000 < zeros=
  *
  * Two contents that differ do so in each 8-byte word, so that a page that is stale, misplaced, zeroed or torn is seen
- * at its first wrong word. Compressors make little of it (zlib 99 %, lz4 none), deduplication nothing.
+ * at its first wrong word. Compressors make nothing of it (zlib and zstd find no repetition).
  *
  * Page p is CPU p % cpus's. Its pages in order are cpu + cpus * i, or with order=random cpu + cpus * shuffled(i) with
  * the key mix(~mix(seed) + n). CPUs do not wait for each other.
@@ -108,18 +108,20 @@ struct diagnosis {
     uint64_t looks, page, version; /* the last two of LOOKS_STALE and LOOKS_OTHER_PAGE */
 };
 
-/* Whose content has this base? Other CPUs may be some passes ahead or behind. */
+/* Whose content has this base? Of other pages, the versions about the pass that their CPU is in are looked at. */
 static struct diagnosis find_base(uint64_t base, uint64_t page, uint64_t pass)
 {
     for (uint64_t v = pass + 1; v-- > 0;)
         if (mix(key_of(page) + v) == base)
             return (struct diagnosis){LOOKS_STALE, page, v};
-    for (uint64_t p = 0; p < pages; p++)
-        for (uint64_t n = pass < 3 ? 0 : pass - 3; n <= pass + 3; n++) {
+    for (uint64_t p = 0; p < pages; p++) {
+        uint64_t now = progress->work[p % cpus].pass;
+        for (uint64_t n = now < 4 ? 0 : now - 4; n <= now; n++) {
             uint64_t v = version_of(key_of(p), n);
             if (mix(key_of(p) + v) == base)
                 return (struct diagnosis){LOOKS_OTHER_PAGE, p, v};
         }
+    }
     return (struct diagnosis){LOOKS_UNKNOWN, 0, 0};
 }
 

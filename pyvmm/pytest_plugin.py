@@ -113,7 +113,8 @@ def pytest_runtest_makereport(
     if report.failed and call.when != "teardown":
         made: list[VM] = item.stash.get(_VMS, [])
         for number, machine in enumerate(made):
-            report.sections.append((f"VM {number}: {machine!r}: printed by the guest", machine.printed))
+            if printed := machine.printed:
+                report.sections.append((f"VM {number}: {machine!r}: printed by the guest", printed))
             if crash := _crash(machine):
                 report.sections.append((f"VM {number}: crash", crash))
     return report

@@ -7,8 +7,10 @@ import sys
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
+import numpy  # noqa: F401  (its worker threads come with the first import and stay: not within a test)
 import pytest
 
 # Where pyvmm is installed, editable or not, its entry point has loaded the plugin before any conftest.
@@ -36,16 +38,15 @@ def pytest_runtest_protocol(item):
 
 def held():
     """What this process has: descriptors by what they are, threads of Python's and of the kernel's, children."""
-    fds = Counter()
-    for fd in Path("/proc/self/fd").iterdir():
-        try:
-            fds[f"descriptor of {os.readlink(fd)}"] += 1
-        except FileNotFoundError:  # the one that lists them
-            continue
-    tasks = list(Path("/proc/self/task").iterdir())
-    threads = Counter(f"thread {thread.name}" for thread in threading.enumerate())
-    children = Counter(f"child {pid}" for task in tasks for pid in (task / "children").read_text().split())
-    return fds + threads + children + Counter({"task": len(tasks)})
+    found = Counter(f"thread {thread.name}" for thread in threading.enumerate())
+    for fd in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):  # the one that lists them
+            found[f"descriptor of {os.readlink(f'/proc/self/fd/{fd}')}"] += 1
+    for task in os.listdir("/proc/self/task"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+            found.update(f"child {pid}" for pid in Path(f"/proc/self/task/{task}/children").read_text().split())
+            found["task"] += 1
+    return found
 
 
 @pytest.fixture(autouse=True)

@@ -152,16 +152,23 @@ static inline uint8_t in8(uint16_t port)
 static inline volatile uint32_t *lapic(unsigned reg) { return (volatile uint32_t *)(LAPIC_GPA + (uint64_t)reg); }
 
 /* ---- ring 0: start.S says what the functions of GATE_* in cpu.h do ---- */
+/* Asks until ring 0 was heard, which clears CF. KVM leaves an `int 4` that is on its way out of a saved state
+ * (KVM_GET_VCPU_EVENTS), trusting that it comes again; a host that has moved rip behind it by then loses it. */
+#define GATE_CALL "1: stc; int %[vector]; jc 1b"
 static inline void gate(uint32_t function, uint64_t first, uint64_t second)
 {
-    __asm__ volatile("int %1" : "+a"(function) : "i"(GATE_VECTOR), "D"(first), "S"(second) : "rcx", "rdx", "memory");
+    __asm__ volatile(GATE_CALL
+                     : "+a"(function)
+                     : [vector] "i"(GATE_VECTOR), "D"(first), "S"(second)
+                     : "rcx", "rdx", "memory", "cc");
 }
 
 static inline void cpuid(uint32_t leaf, uint32_t subleaf, uint32_t out[4])
 {
-    __asm__ volatile("int %4"
+    __asm__ volatile(GATE_CALL
                      : "=a"(out[0]), "=b"(out[1]), "=c"(out[2]), "=d"(out[3])
-                     : "i"(GATE_VECTOR), "0"(GATE_CPUID), "D"(leaf), "S"(subleaf));
+                     : [vector] "i"(GATE_VECTOR), "0"(GATE_CPUID), "D"(leaf), "S"(subleaf)
+                     : "cc");
 }
 
 #define progress ((volatile struct pv_progress *)PV_PROGRESS_GPA)

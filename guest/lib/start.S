@@ -172,14 +172,14 @@ gate_wait:
     hlt /* the interrupt shadow of sti covers it: no interrupt is lost between the two */
     cli
     jmp gate_wait
-1:  iretq
+1:  jmp gate_done
 
 /* edi = leaf, esi = subleaf; answers in eax, ebx, ecx, edx. In ring 3 some hosts let the processor answer itself. */
 gate_cpuid:
     movl %edi, %eax
     movl %esi, %ecx
     cpuid
-    iretq
+    jmp gate_done
 
 /* rdi = TSC ticks: the LAPIC timer, in its TSC-deadline mode, is to fire that much later. The TSC is read here since it
  * is ring 0's that counts: ring 3's may differ from it where the host does not offset it. Changes rax, rcx, rdx. */
@@ -192,18 +192,23 @@ gate_set_deadline:
     shrq $32, %rdx
     movl $MSR_TSC_DEADLINE, %ecx
     wrmsr
-    iretq
+    jmp gate_done
 
 /* No exception can be delivered from here on, the next one is a triple fault. */
 gate_drop_idt:
     lidt null_pointer
-    iretq
+    jmp gate_done
 
 /* The next floating-point instruction raises #NM. Changes rax. */
 gate_set_ts:
     movq %cr0, %rax
     orq $CR0_TS, %rax
     movq %rax, %cr0
+    jmp gate_done
+
+/* Clears the caller's CF: it was set by gate(), to know that it was heard. */
+gate_done:
+    andb $0xfe, 16(%rsp)
     iretq
 
 /* Halts with interrupts off, for ever. */

@@ -110,7 +110,7 @@ def read_image(path: str | os.PathLike[str], format: str | None = None, at: Gpa 
     """
     name = os.fspath(path)
     try:
-        return parse_image(_read_file(name), format, at)
+        return parse_image(read_file(name, MAX_FILE_SIZE), format, at)
     except ImageError as error:
         raise ImageError(f"{name if name.isprintable() else repr(name)}: {error}") from None
 
@@ -124,7 +124,8 @@ def boot_image(image: Image, ram: tuple[Region, ...], command_line: str = "", mo
     return FORMATS[image.format].boot(image, ram, command_line, modules)
 
 
-def _read_file(name: str) -> bytes:
+def read_file(name: str, limit: int) -> bytes:
+    """The bytes of a regular file, at most `limit`. Raises ImageError, without the name, where they cannot be had."""
     try:
         # O_NONBLOCK: a FIFO would hold us here until someone writes to it.
         descriptor = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
@@ -133,11 +134,11 @@ def _read_file(name: str) -> bytes:
     try:
         status = os.fstat(descriptor)
         if stat.S_ISDIR(status.st_mode):
-            raise ImageError("a directory, not a guest image")
+            raise ImageError("a directory, not a file")
         if not stat.S_ISREG(status.st_mode):
             raise ImageError("not a regular file")
-        if status.st_size > MAX_FILE_SIZE:
-            raise ImageError(f"{status.st_size} bytes, a guest image has at most {format_size(MAX_FILE_SIZE)}")
+        if status.st_size > limit:
+            raise ImageError(f"{status.st_size} bytes: at most {format_size(limit)} can be loaded")
         with open(descriptor, "rb", closefd=False) as file:
             return file.read(status.st_size)
     except OSError as error:

@@ -80,6 +80,8 @@ class Lifecycle:
                     vcpu.request_pause()
             for vcpu in self._vcpus:
                 vcpu.wait_parked()
+            if not self.paused:
+                self._ended.wait()  # the threads are through, and only have to say so
         return time.perf_counter() - begin
 
     def resume(self) -> None:

@@ -7,7 +7,7 @@ import os
 
 from pyvmm._native import lib
 from pyvmm.errors import BadInput, ImageError
-from pyvmm.image import boot_image, check_fits, encode_command_line, place_modules, read_image
+from pyvmm.image import boot_image, check_fits, encode_command_line, place_modules, read_file, read_image
 from pyvmm.layout import BLOCK_SIZE, GIB, PAGE_SIZE, Gpa
 
 TYPE_CHECKING = False
@@ -75,13 +75,9 @@ def _place(memory: GuestMemory, segment: Segment, fresh: bool) -> None:
 
 def _read_module(path: str) -> bytes:
     try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > MAX_MODULE:
-                raise ImageError(f"initrd {path}: {size} bytes is more than {MAX_MODULE}")
-            return file.read()
-    except OSError as error:
-        raise ImageError(f"initrd {path}: {error.strerror}") from error
+        return read_file(path, MAX_MODULE)
+    except ImageError as error:
+        raise ImageError(f"initrd {path}: {error}") from None
 
 
 def _identity_map() -> bytes:

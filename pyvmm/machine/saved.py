@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from pyvmm._native import ffi
-from pyvmm.errors import StateError
+from pyvmm.errors import KernelError, StateError
 from pyvmm.kvm.vm import IRQCHIPS
 from pyvmm.state import State
 from pyvmm.vcpu.state import check_vcpu, restore_vcpu, save_vcpu
@@ -55,10 +55,13 @@ def restore(vm: VmFd, vcpus: list[Vcpu], board: Board, memory_size: int, state: 
     if len(blobs) != len(IRQCHIPS):
         raise StateError("the state's interrupt controllers are damaged")
 
-    for blob in blobs:  # before the devices, which raise their lines anew
-        vm.set_irqchip(blob)
-    vm.set_pit2(pit)
-    for vcpu, part in zip(vcpus, parts, strict=True):
-        restore_vcpu(vcpu.fd, part, xsave_size)
-    vm.set_clock(clock)  # after the vCPUs' TSCs, to which KVM ties it
-    board.restore(state.part("devices"))
+    try:
+        for blob in blobs:  # before the devices, which raise their lines anew
+            vm.set_irqchip(blob)
+        vm.set_pit2(pit)
+        for vcpu, part in zip(vcpus, parts, strict=True):
+            restore_vcpu(vcpu.fd, part, xsave_size)
+        vm.set_clock(clock)  # after the vCPUs' TSCs, to which KVM ties it
+        board.restore(state.part("devices"))
+    except KernelError as error:  # such as reserved bits that are set in a control register
+        raise StateError(f"this host's KVM refuses the state: {error}") from error

@@ -53,16 +53,20 @@ class GuestMemory:
         """Gives the memory back as soon as no view of it is left. Any later access raises MemoryAccessError."""
         self._base = None
 
-    def _pointer(self, gpa: Gpa, size: int) -> CData:
-        """Where a range lies in our process; raises MemoryAccessError unless all of it is RAM."""
+    def _mapping(self) -> CData:
+        """The mapping, which stays for as long as the caller holds this; an address within it would not hold it."""
         if self._base is None:
             raise MemoryAccessError("the VM is closed: its memory is gone")
+        return self._base
+
+    def _offset(self, gpa: Gpa, size: int) -> int:
+        """Where a range lies in the mapping; raises MemoryAccessError unless all of it is RAM."""
         if size < 0:
             raise MemoryAccessError(f"a range of {size} bytes")
         for region in self.regions:
             distance = gpa.value - region.gpa.value
             if 0 <= distance <= region.size and size <= region.size - distance:
-                return self._base + (region.offset + distance)
+                return region.offset + distance
         raise MemoryAccessError(f"{gpa.value:#x}+{size:#x} is not (wholly) RAM: the VM has {self.describe()}")
 
     def describe(self) -> str:
@@ -71,30 +75,33 @@ class GuestMemory:
 
     def hva(self, gpa: Gpa) -> Hva:
         """Where the byte at `gpa` lies in our address space."""
-        return Hva(int(ffi.cast("uintptr_t", self._pointer(gpa, 1))))
+        return Hva(int(ffi.cast("uintptr_t", self._mapping() + self._offset(gpa, 1))))
 
     def read(self, gpa: Gpa, size: int) -> bytes:
         """A copy of `size` bytes at `gpa`. Raises MemoryAccessError unless all of them are RAM."""
-        source = self._pointer(gpa, size)
+        mapping, offset = self._mapping(), self._offset(gpa, size)
         data = bytearray(size)
-        lib.pv_copy(ffi.from_buffer(data), source, size)
+        lib.pv_copy(ffi.from_buffer(data), mapping + offset, size)
         return bytes(data)
 
     def write(self, gpa: Gpa, data: Buffer) -> None:
         """Writes `data` at `gpa`. Raises MemoryAccessError, with nothing written, unless all of it goes into RAM."""
         source = ffi.from_buffer(data)
         size = ffi.sizeof(source)
+        mapping, offset = self._mapping(), self._offset(gpa, size)
         self.untouched = False
-        lib.pv_copy(self._pointer(gpa, size), source, size)
+        lib.pv_copy(mapping + offset, source, size)
 
     def zero(self, gpa: Gpa, size: int) -> None:
         """Writes zeros. Raises MemoryAccessError unless the whole range is RAM."""
-        lib.pv_zero(self._pointer(gpa, size), size)
+        mapping, offset = self._mapping(), self._offset(gpa, size)
+        lib.pv_zero(mapping + offset, size)
 
     def view(self, gpa: Gpa, size: int) -> memoryview:
         """A writable view of guest memory, without a copy; it stays valid, and the memory mapped, while it is held."""
+        mapping, offset = self._mapping(), self._offset(gpa, size)
         self.untouched = False
-        return memoryview(ffi.buffer(self._pointer(gpa, size), size))
+        return memoryview(ffi.buffer(mapping, self.size))[offset : offset + size]
 
     def __getitem__(self, where: slice) -> bytes:
         gpa, size = self._range(where)

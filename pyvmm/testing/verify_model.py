@@ -1,4 +1,4 @@
-# verify_model.py: what the guest `verify` (guest/verify.c) has in its memory, computed from its progress page, for tests.
+# verify_model.py: what the guest `verify` (guest/verify.c) has in its memory, by its progress page; for tests.
 # Page numbers count the guest's region: page 0 lies at 2 MiB, and they go on behind the hole below 4 GiB.
 """`check_memory`: is every page of a stopped `verify` as it must be? `ram_hash`: one value for all RAM."""
 
@@ -29,6 +29,8 @@ _MASK = (1 << 64) - 1
 _WORDS = PAGE_SIZE // 8
 _CHUNK = 512
 """Pages compared at a time: 2 MiB stay in the cache."""
+_EXPLAINED = 8
+"""Wrong pages of which the origin is searched for: it takes long."""
 
 
 class WrongPage(Record):
@@ -53,8 +55,7 @@ def expected_page(seed: int, page: int, version: int, zeros: int = 0) -> bytes:
     """The 4096 bytes that `page` has in `version`. zeros: the guest's option, per mille."""
     import numpy as np
 
-    bases, steps = _contents(_keys(seed, np.full(1, page, np.uint64)), np.full(1, version, np.int64), zeros)
-    return (bases[0] + np.arange(_WORDS, dtype=np.uint64) * steps[0]).tobytes()
+    return _content(_keys(seed, np.full(1, page, np.uint64)), np.full(1, version, np.int64), zeros).tobytes()
 
 
 def version(seed: int, page: int, pass_: int, write: int = 25) -> int:
@@ -84,14 +85,17 @@ def check_memory(
     passes, in_flight = _places(progress, pages, order)
     versions = _versions(keys, passes, write)
     bases, steps = _contents(keys, versions, zeros)
-    wrong = []
+    newest = max((work.passes for work in progress.work), default=0)
+    wrong: list[WrongPage] = []
     for first, gpa, words in _chunks(memory, pages):
         part = slice(first, first + len(words))
         for i in _differing(words, bases[part], steps[part], passes[part]):
             page = first + i
             if page in in_flight and _may_be(words[i], keys, page, in_flight[page], versions, write, zeros):
                 continue
-            wrong.append(_describe(words[i], page, gpa + i * PAGE_SIZE, int(versions[page]), keys, zeros))
+            right = _content(keys[page : page + 1], versions[page : page + 1], zeros)
+            looks = _looks(words[i], right, keys, newest) if len(wrong) < _EXPLAINED else ""
+            wrong.append(_describe(words[i], right, page, gpa + i * PAGE_SIZE, int(versions[page]), looks))
     return wrong
 
 
@@ -109,9 +113,13 @@ def ram_hash(memory: GuestMemory) -> str:
 
 
 def _mix(x: U64) -> U64:
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
-    return x ^ (x >> 31)
+    x = x.copy()
+    x ^= x >> 30
+    x *= 0xBF58476D1CE4E5B9
+    x ^= x >> 27
+    x *= 0x94D049BB133111EB
+    x ^= x >> 31
+    return x
 
 
 def _mix_one(x: int) -> int:
@@ -199,12 +207,13 @@ def _chunks(memory: GuestMemory, pages: int) -> Iterator[tuple[int, Gpa, U64]]:
 
     first = 0
     for start, end in _ranges(memory):
-        while start < end and first < pages:
-            count = min(_CHUNK, (end - start) // PAGE_SIZE, pages - first)
-            data = memory.read(Gpa(start), count * PAGE_SIZE)
-            yield first, Gpa(start), np.frombuffer(data, np.uint64).reshape(count, _WORDS)
+        for at in range(start, end, _CHUNK * PAGE_SIZE):
+            count = min(_CHUNK, (end - at) // PAGE_SIZE, pages - first)
+            if count == 0:
+                return
+            data = memory.read(Gpa(at), count * PAGE_SIZE)
+            yield first, Gpa(at), np.frombuffer(data, np.uint64).reshape(count, _WORDS)
             first += count
-            start += count * PAGE_SIZE
     if first < pages:
         raise StateError(f"the guest verify speaks of {pages} pages, of which {first} exist")
 
@@ -245,28 +254,28 @@ def _content(key: U64, version: NDArray[np.int64], zeros: int) -> U64:
     return bases + np.arange(_WORDS, dtype=np.uint64) * steps
 
 
-def _describe(words: U64, page: int, gpa: Gpa, version: int, keys: U64, zeros: int) -> WrongPage:
+def _describe(words: U64, right: U64, page: int, gpa: Gpa, version: int, looks: str) -> WrongPage:
     import numpy as np
 
-    right = _content(keys[page : page + 1], np.full(1, version, np.int64), zeros)
-    wrong_bytes = np.flatnonzero(words.view(np.uint8) != right.view(np.uint8))
-    at = int(wrong_bytes[0])
-    expected, found = int(right.view(np.uint8)[at]), int(words.view(np.uint8)[at])
+    found, expected = words.view(np.uint8), right.view(np.uint8)
+    at = int(np.flatnonzero(found != expected)[0])
     text = (
-        f"page {page} (gpa {gpa.value:#x}) byte {at:#x}: expected {expected:#x}, found {found:#x}, version {version} "
-        f"expected; {np.count_nonzero(words != right)} of {_WORDS} words are wrong{_looks(words, at // 8, page, keys)}"
+        f"page {page} (gpa {gpa.value:#x}) byte {at:#x}: expected {expected[at]:#x}, found {found[at]:#x}, "
+        f"version {version} expected; {np.count_nonzero(words != right)} of {_WORDS} words are wrong{looks}"
     )
-    return WrongPage(page, gpa, version, at, expected, found, text)
+    return WrongPage(page, gpa, version, at, int(expected[at]), int(found[at]), text)
 
 
-def _looks(words: U64, word: int, page: int, keys: U64, passes: int = 100) -> str:
-    """What the first wrong word may come from: zeros, or a version below `passes` of this page or another."""
+def _looks(words: U64, right: U64, keys: U64, newest: int) -> str:
+    """What the first wrong word may come from: zeros, or one of the last 1000 versions of any page."""
     import numpy as np
 
+    word = int(np.flatnonzero(words != right)[0])
     if words[word] == 0:
         return ", looks like zeros"
-    base = words[word : word + 1] - np.full(1, word, np.uint64) * GOLDEN
-    for version in range(passes):
-        for other in np.flatnonzero(_mix(keys + version) == base):
-            return f", looks like version {version} of page {int(other)}"
+    base = (words - np.arange(_WORDS, dtype=np.uint64) * GOLDEN)[word]
+    for version in range(newest, max(newest - 1000, -1), -1):
+        pages = np.flatnonzero(_mix(keys + version) == base)
+        if len(pages):
+            return f", looks like version {version} of page {pages[0]}"
     return ""

@@ -49,14 +49,14 @@ def check_vcpu(state: State, index: int, xsave_size: int) -> list[tuple[int, int
         state.blob(name, ffi.sizeof(struct))
     if len(state.blob("xsave")) != max(xsave_size, 4096):
         raise StateError(f"vCPU {index}: xsave area of another size: the hosts' CPUs differ")
-    table = fields["msrs"]
+    table = fields.get("msrs")
     if not isinstance(table, dict) or len(table) > 4096:
         raise StateError(f"vCPU {index}: its MSRs are not a table")
     msrs: list[tuple[int, int]] = []
     for name, value in table.items():
         try:
             number = int(name, 16)
-        except ValueError:
+        except (TypeError, ValueError):
             number = -1
         if not 0 <= number < 1 << 32 or not isinstance(value, int) or not 0 <= value < 1 << 64:
             raise StateError(f"vCPU {index}: MSR {name!r} is damaged")

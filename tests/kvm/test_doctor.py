@@ -90,7 +90,7 @@ def test_the_trial_guest_is_in_the_ring_that_was_asked_for():
 def test_the_port_loop_makes_as_many_exits_as_it_says():
     with TrialGuest() as guest:
         guest.run(code.PORTS, ring=3, rcx=37)
-        assert guest._ports.writes[0x80] == 37
+        assert guest.ports.writes[0x80] == 37
 
 
 @needs("large_mappings")

@@ -25,6 +25,15 @@ GUESTS = [
     ("timer", "64M", 1, "ticks=50", 20, 0, "SUCCESS: 50 ticks"),
     ("timer", "2M", 1, "ticks=20 mode=oneshot", 20, 0, "SUCCESS: 20 ticks"),
     ("timer", "64M", 2, "ticks=20 mode=deadline wait=spin", 20, 0, "SUCCESS: 20 ticks"),
+    ("verify", "16M", 1, "passes=3", 20, 0, "SUCCESS: 10752 pages checked"),
+    ("verify", "64M", 4, "passes=3 order=random write=50 zeros=100", 30, 0, "SUCCESS: 47616 pages checked"),
+    ("verify", "64G", 2, "passes=2 size=32M seed=7", 20, 0, "SUCCESS: 16384 pages checked"),
+    ("verify", "2M", 1, "passes=1", 10, 2, "verify: too little memory"),
+    ("touch", "4G", 1, "start=3070M size=4M passes=1", 20, 0, "SUCCESS: 1024 writes"),  # on either side of the hole
+    ("touch", "5G", 2, "start=3G size=64M passes=1", 20, 0, "SUCCESS: 16384 writes"),  # all above 4 GiB
+    ("touch", "64G", 1, "start=63G size=8M passes=2 stride=64K", 20, 0, "SUCCESS: 256 writes"),
+    ("touch", "64M", 2, "pattern=zipf touches=10000", 20, 0, "SUCCESS: 10000 writes"),
+    ("touch", "64M", 1, "pattern=hotset read=1 touches=10000", 20, 0, "SUCCESS: 10000 reads"),
 ]
 
 # kind -> the exception's name; `br` and `ts` are raised by `int N`, see REFUSABLE
@@ -52,9 +61,9 @@ def test_guest(vm, guest, memory, cpus, append, seconds, status, printed):
 
 
 @pytest.mark.parametrize("pages", ["auto", "4k", pytest.param("2m", marks=needs("thp"))])
-@pytest.mark.parametrize("guest", ["hello", "smp"])
-def test_page_sizes(vm, guest, pages):
-    _, result = run(vm, guest, "count=1000" if guest == "smp" else "", 20, memory="16M", cpus=2, pages=pages)
+@pytest.mark.parametrize(("guest", "append"), [("hello", ""), ("smp", "count=1000"), ("verify", "passes=2")])
+def test_page_sizes(vm, guest, append, pages):
+    _, result = run(vm, guest, append, 20, memory="16M", cpus=2, pages=pages)
     assert result.ok
 
 
