@@ -31,8 +31,12 @@ class _Stopped(BaseException):
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
     for other in _SIGNALS:  # the way out is not to be interrupted
-        signal.signal(other, signal.SIG_IGN)
+        signal.signal(other, _on_late_signal)
     raise _Stopped(number)
+
+
+def _on_late_signal(number: int, frame: FrameType | None) -> None:
+    """In place of SIG_IGN, at which Python complains if the signal is on its way already."""
 
 
 def run(args: Arguments) -> int:

@@ -44,6 +44,7 @@ __all__ = [
     "encode_command_line",
     "parse_image",
     "place_modules",
+    "read_file",
     "read_image",
 ]
 

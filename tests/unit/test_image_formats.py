@@ -101,12 +101,12 @@ def make_huge(path):
     ("make", "message"),
     [
         (lambda path: None, "No such file or directory"),
-        (lambda path: path.mkdir(), "a directory, not a guest image"),
+        (lambda path: path.mkdir(), "a directory, not a file"),
         (lambda path: path.touch(), "empty file"),
         (os.mkfifo, "not a regular file"),
         (lambda path: path.symlink_to("/dev/zero"), "not a regular file"),
         (lambda path: path.symlink_to(path), "Too many levels of symbolic links"),
-        (make_huge, "1073741825 bytes, a guest image has at most 1G"),
+        (make_huge, "1073741825 bytes: at most 1G can be loaded"),
         (lambda path: path.write_bytes(CODE), "not an ELF file and no multiboot header"),
     ],
 )

@@ -1,0 +1,41 @@
+# test_qemu.py: the guests are ordinary PVH images: the same files boot in QEMU, with the same parameters.
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+
+import pytest
+
+from pyvmm.machine.loader import guest_path
+from pyvmm.pytest_plugin import needs
+
+QEMU = shutil.which("qemu-system-x86_64")
+COMMON = "-accel kvm -m 64 -display none -serial stdio -no-reboot -device isa-debug-exit,iobase=0xf4,iosize=4"
+MACHINES = {"microvm": "-M microvm,rtc=off -nodefaults", "q35": "-M q35"}
+
+# guest, its command line, machine, vCPUs, its status, a line that it prints
+GUESTS = [
+    ("hello", "text=hi status=3", "microvm", 1, 3, "hi"),
+    ("hello", "", "q35", 1, 0, "hello from a guest"),
+    ("hello", "no=such", "microvm", 1, 2, "unknown option no=such"),
+    ("smp", "", "microvm", 2, 0, "SUCCESS: 2 CPUs"),
+    ("timer", "", "microvm", 1, 0, "SUCCESS: 100 ticks"),
+    ("faults", "kind=pf", "microvm", 1, 0, "#PF"),
+    ("touch", "touches=10000", "microvm", 2, 0, "SUCCESS"),
+    ("verify", "passes=2", "microvm", 2, 0, "SUCCESS"),
+]
+
+
+@needs("kvm")
+@pytest.mark.parametrize(("guest", "append", "machine", "cpus", "status", "line"), GUESTS)
+def test_the_same_file_boots_in_qemu(guest, append, machine, cpus, status, line):
+    if QEMU is None:
+        assert "PYVMM_REQUIRE_QEMU" not in os.environ, "run: sudo apt-get install -y qemu-system-x86"
+        pytest.skip("no QEMU: run 'sudo apt-get install -y qemu-system-x86'")
+    command = [QEMU, *MACHINES[machine].split(), *COMMON.split(), "-smp", str(cpus)]
+    command += ["-kernel", guest_path(guest), "-append", append]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=40, check=False)
+    output = done.stdout.decode("utf-8", "replace")
+    assert line in output
+    assert done.returncode == 2 * status + 1, done.stderr.decode()
