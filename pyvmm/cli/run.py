@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
 import sys
@@ -14,7 +15,8 @@ from pyvmm.machine import VM, RunResult
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from types import FrameType
+    from types import FrameType, TracebackType
+    from typing import Self
 
     from pyvmm.cli.parse import Arguments
 
@@ -22,21 +24,36 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _BROKEN_PIPE = EXIT_SIGNAL + 13
 
 
-class _Stopped(BaseException):
-    """A signal asks us to end."""
+class _Signals:
+    """Within its `with`, the first signal that asks us to end stops the guest with status 128+n; later ones do nothing.
 
-    def __init__(self, number: int) -> None:
-        self.number = number
+    The handler raises nothing, since that could come in the middle of a thread's start or join, and takes no lock,
+    which the main thread might hold: another thread makes the request.
+    """
 
+    def __init__(self) -> None:
+        self._number = 0
+        self._vm: VM | None = None
 
-def _on_signal(number: int, frame: FrameType | None) -> None:
-    for other in _SIGNALS:  # the way out is not to be interrupted
-        signal.signal(other, _on_late_signal)
-    raise _Stopped(number)
+    def __enter__(self) -> Self:
+        self._before = {number: signal.signal(number, self._arrived) for number in _SIGNALS}
+        return self
 
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
-def _on_late_signal(number: int, frame: FrameType | None) -> None:
-    """In place of SIG_IGN, at which Python complains if the signal is on its way already."""
+    def watch(self, vm: VM) -> None:
+        """From now on `vm` is what a signal stops, also one that came before."""
+        self._vm = vm
+        if self._number:
+            vm.request_stop(EXIT_SIGNAL + self._number)
+
+    def _arrived(self, number: int, frame: FrameType | None) -> None:
+        if not self._number:
+            self._number = number
+            if self._vm is not None:
+                _thread.start_new_thread(self._vm.request_stop, (EXIT_SIGNAL + number,))
 
 
 def run(args: Arguments) -> int:
@@ -45,17 +62,11 @@ def run(args: Arguments) -> int:
         raise BadInput(f"--timeout {args.timeout:g}: give seconds above 0")
     if args.trace is not None and args.trace < 1:
         raise BadInput(f"--trace {args.trace}: give a number of instructions, 1 or more")
-    before = {number: signal.signal(number, _on_signal) for number in _SIGNALS}
-    try:
-        return _run(args)
-    except _Stopped as stopped:
-        return EXIT_SIGNAL + stopped.number
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with _Signals() as signals:
+        return _run(args, signals)
 
 
-def _run(args: Arguments) -> int:
+def _run(args: Arguments, signals: _Signals) -> int:
     with VM(memory=args.mem, cpus=args.cpus, pages=args.pages, hugetlb=args.hugetlb) as vm:
         vm.load(args.guest, args.append, args.initrd, args.format, _address(args.at))
         if args.trace is not None:
@@ -64,6 +75,7 @@ def _run(args: Arguments) -> int:
             vm.serial.output = console.output
             console.on_leave = vm.request_stop
             console.on_broken = lambda: vm.request_stop(_BROKEN_PIPE)
+            signals.watch(vm)
             begin = time.monotonic()
             vm.start()
             try:
