@@ -62,6 +62,9 @@ class Console:
         """The terminal's settings as we found them, while ours are in force."""
         self._closed = False
         self._broken = False
+        self._writing = threading.Lock()
+        self._writable = select.poll()
+        self._writable.register(stdout_fd, select.POLLOUT)
         self._event = -1
         self._thread = threading.Thread(target=self._pump, name="console", daemon=True)
 
@@ -95,18 +98,23 @@ class Console:
         self._wake()
 
     def output(self, data: bytes) -> None:
-        """Writes all of `data` to stdout, waiting for a slow reader."""
+        """Writes all of `data` to stdout, waiting for a slow reader, but not after abandon()."""
         rest = memoryview(data)
-        while rest and not self._broken:
-            try:
-                rest = rest[os.write(self._stdout, rest) :]
-            except BlockingIOError:
-                poller = select.poll()
-                poller.register(self._stdout, select.POLLOUT)
-                poller.poll()
-            except OSError:
-                self._broken = True
-                self.on_broken()
+        with self._writing:
+            while rest and not self._broken:
+                try:
+                    # What poll(2) finds writable takes a page at once (pipe(7)): write(2) does not hold us.
+                    if self._writable.poll(RETRY_MS):
+                        rest = rest[os.write(self._stdout, rest[:CHUNK]) :]
+                except BlockingIOError:
+                    continue  # another writer of the same file was faster
+                except OSError:
+                    self._broken = True
+                    self.on_broken()
+
+    def abandon(self) -> None:
+        """Whoever is in output(), waiting for a reader, comes back soon; all further output is swallowed."""
+        self._broken = True
 
     def _pump(self) -> None:
         while not self._closed:

@@ -15,6 +15,7 @@ from pyvmm.machine import VM, RunResult
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import FrameType, TracebackType
     from typing import Self
 
@@ -25,7 +26,7 @@ _BROKEN_PIPE = EXIT_SIGNAL + 13
 
 
 class _Signals:
-    """Within its `with`, the first signal that asks us to end stops the guest with status 128+n; later ones do nothing.
+    """Within its `with`, the first signal that asks us to end calls `stop(128+n)`, or watch() does; later ones nothing.
 
     The handler raises nothing, since that could come in the middle of a thread's start or join, and takes no lock,
     which the main thread might hold: another thread makes the request.
@@ -33,7 +34,7 @@ class _Signals:
 
     def __init__(self) -> None:
         self._number = 0
-        self._vm: VM | None = None
+        self._stop: Callable[[int], None] | None = None
 
     def __enter__(self) -> Self:
         self._before = {number: signal.signal(number, self._arrived) for number in _SIGNALS}
@@ -43,17 +44,17 @@ class _Signals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def watch(self, vm: VM) -> None:
-        """From now on `vm` is what a signal stops, also one that came before."""
-        self._vm = vm
+    def watch(self, stop: Callable[[int], None]) -> None:
+        """From now on a signal calls `stop`; one that came before does so at once."""
+        self._stop = stop
         if self._number:
-            vm.request_stop(EXIT_SIGNAL + self._number)
+            stop(EXIT_SIGNAL + self._number)
 
     def _arrived(self, number: int, frame: FrameType | None) -> None:
         if not self._number:
             self._number = number
-            if self._vm is not None:
-                _thread.start_new_thread(self._vm.request_stop, (EXIT_SIGNAL + number,))
+            if self._stop is not None:
+                _thread.start_new_thread(self._stop, (EXIT_SIGNAL + number,))
 
 
 def run(args: Arguments) -> int:
@@ -75,7 +76,12 @@ def _run(args: Arguments, signals: _Signals) -> int:
             vm.serial.output = console.output
             console.on_leave = vm.request_stop
             console.on_broken = lambda: vm.request_stop(_BROKEN_PIPE)
-            signals.watch(vm)
+
+            def stop(status: int) -> None:
+                vm.request_stop(status)
+                console.abandon()  # its reader may never come
+
+            signals.watch(stop)
             begin = time.monotonic()
             vm.start()
             try:
@@ -87,6 +93,7 @@ def _run(args: Arguments, signals: _Signals) -> int:
             seconds = time.monotonic() - begin
         if result.reason == "timeout":
             print(f"pyvmm: the guest did not end within {args.timeout:g} s", file=sys.stderr)
+            console.abandon()
             vm.stop()
         if args.stats:
             from pyvmm.cli.report import print_stats

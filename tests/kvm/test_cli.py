@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import select
 import signal
 import struct
 import subprocess
@@ -327,16 +328,38 @@ def test_a_closed_stdout_is_no_traceback(arguments):
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
-def test_a_slow_reader_gets_everything(tmp_path):
-    """More than a pipe holds, read only when the guest has long been waiting."""
-    code = "66 ba f8 03  b0 2e  b9 00 00 03 00  ee  ff c9  75 fb  66 ba f4 00  b0 00  ee  f4"  # 0x30000 dots
-    (tmp_path / "dots").write_bytes(bytes.fromhex(code))
-    process = begin("run", "./dots", "--format", "flat64", "--mem", "2M")
-    full = fcntl.fcntl(process.stdout, fcntl.F_GETPIPE_SZ)
+PIPE = 2 * select.PIPE_BUF
+
+
+def fill(process):
+    """Waits until the process has filled its stdout, which nobody reads."""
+    full = fcntl.fcntl(process.stdout, fcntl.F_GETPIPE_SZ) - select.PIPE_BUF  # less than which poll(2) finds no room
     while struct.unpack("i", fcntl.ioctl(process.stdout, termios.FIONREAD, bytes(4)))[0] < full:
         assert process.poll() is None
+
+
+@pytest.mark.parametrize(("end", "status"), [("signal", 143), ("timeout", 124)])
+def test_a_reader_that_does_not_read_holds_nobody(tmp_path, end, status):
+    (tmp_path / "storm").write_bytes(STORM)
+    timeout = ["--timeout", "1"] if end == "timeout" else []
+    process = begin("run", "./storm", "--format", "flat64", "--mem", "2M", *timeout, pipesize=PIPE)
+    fill(process)
+    sent = time.monotonic()
+    if end == "signal":
+        process.terminate()
+    assert process.wait(DEADLINE) == status
+    assert time.monotonic() - sent < 2
+    process.communicate()
+
+
+def test_a_slow_reader_gets_everything(tmp_path):
+    """More than a pipe holds, read only when the guest has long been waiting."""
+    code = "66 ba f8 03  b0 2e  b9 00 50 00 00  ee  ff c9  75 fb  66 ba f4 00  b0 00  ee  f4"  # 0x5000 dots
+    (tmp_path / "dots").write_bytes(bytes.fromhex(code))
+    process = begin("run", "./dots", "--format", "flat64", "--mem", "2M", pipesize=PIPE)
+    fill(process)
     dots, errors = process.communicate(timeout=50)
-    assert (process.returncode, len(dots), errors) == (0, 0x30000, b"")
+    assert (process.returncode, len(dots), errors) == (0, 0x5000, b"")
 
 
 def test_input_by_a_pipe():
