@@ -45,6 +45,7 @@ int pv_map(size_t size, int backing, void **out)
         return error;
     }
     (void)madvise(*out, size, MADV_DONTDUMP); /* advice: a core dump of ours is not to hold the guest */
+    (void)madvise(*out, size, MADV_DONTFORK); /* a page that a child shares cannot be moved */
     return 0;
 }
 

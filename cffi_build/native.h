@@ -106,3 +106,7 @@ int pv_userfaultfd_device(int device, int flags) PV_CHECKED;
 
 /* Puts the file's first `size` bytes, shared, where pv_map mapped memory: the file then has its alignment. */
 int pv_map_file(void *address, size_t size, int fd) PV_CHECKED;
+
+/* ---- engine.h: pages with homes ---- */
+
+#include "engine.h"

@@ -3,6 +3,7 @@
  * without the feature answers with an errno, which is what our probes look at. */
 #pragma once
 
+#include <linux/fs.h>
 #include <linux/kvm.h>
 #include <linux/userfaultfd.h>
 #include <sys/mman.h>
@@ -37,6 +38,7 @@ struct uffdio_move {
     __s64 move;
 };
 #define UFFDIO_MOVE _IOWR(UFFDIO, 0x05, struct uffdio_move)
+#define UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES (1 << 1)
 #endif
 
 #ifndef KVM_CAP_DIRTY_LOG_RING_ACQ_REL
@@ -51,4 +53,31 @@ struct kvm_pre_fault_memory {
     __u64 padding[5];
 };
 #define KVM_PRE_FAULT_MEMORY _IOWR(KVMIO, 0xd5, struct kvm_pre_fault_memory)
+#endif
+
+#ifndef PAGEMAP_SCAN
+#include <linux/ioctl.h>
+#define PAGE_IS_PRESENT (1 << 3)
+#define PAGE_IS_SWAPPED (1 << 4)
+#define PAGE_IS_HUGE (1 << 6)
+struct page_region {
+    __u64 start;
+    __u64 end;
+    __u64 categories;
+};
+struct pm_scan_arg {
+    __u64 size;
+    __u64 flags;
+    __u64 start;
+    __u64 end;
+    __u64 walk_end;
+    __u64 vec;
+    __u64 vec_len;
+    __u64 max_pages;
+    __u64 category_inverted;
+    __u64 category_mask;
+    __u64 category_anyof_mask;
+    __u64 return_mask;
+};
+#define PAGEMAP_SCAN _IOWR('f', 16, struct pm_scan_arg)
 #endif

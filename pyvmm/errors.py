@@ -50,6 +50,18 @@ class HostError(PyvmmError):
     """The host lacks something, or did not let us have it."""
 
 
+class FetchError(HostError):
+    """A page of the guest that cannot be brought back: disk, peer or memory failed. `page`: its number; `errno`.
+
+    The VM is paused, and all else of it is intact: resume() tries again.
+    """
+
+    def __init__(self, text: str, page: int, errno: int) -> None:
+        self.page = page
+        self.errno = errno
+        super().__init__(text)
+
+
 class KernelError(PyvmmError, OSError):
     """A system call or ioctl that failed: names it, its arguments and the errno.
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 
 from pyvmm._native import lib
-from pyvmm.host import uffd
 from pyvmm.host.code import TOUCH
 from pyvmm.host.feature import Outcome
 from pyvmm.host.guest import DATA, TrialGuest
@@ -22,6 +21,7 @@ from pyvmm.host.scratch import (
 )
 from pyvmm.host.uffd import Uffd
 from pyvmm.layout import BLOCK_SIZE, PAGE_SIZE
+from pyvmm.memory import uffd
 
 _MARK = 0xA5  # in pages that a trial moves about
 _THP = "PV_BACKING_THP"

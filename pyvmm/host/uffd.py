@@ -3,15 +3,15 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import select
 import threading
 from contextlib import contextmanager
 
 from pyvmm._native import ffi, lib
-from pyvmm.errors import HostError, KernelError, check
+from pyvmm.errors import HostError, check
 from pyvmm.layout import PAGE_SIZE
+from pyvmm.memory.uffd import open_uffd
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -19,54 +19,15 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-DEVICE = "/dev/userfaultfd"
 ANSWER_LIMIT = 0.5
 """Seconds within which a fault must be reported, and a thread go on after it was answered."""
-
-
-def _by_call(flags: int) -> int:
-    return check(lib.pv_userfaultfd(os.O_CLOEXEC | os.O_NONBLOCK | flags), "userfaultfd", flags=flags)
-
-
-def _by_system_call() -> int:
-    return _by_call(0)
-
-
-def _by_device() -> int:
-    device = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        return check(lib.pv_userfaultfd_device(device, os.O_CLOEXEC | os.O_NONBLOCK), "USERFAULTFD_IOC_NEW")
-    finally:
-        os.close(device)
-
-
-def _user_mode_only() -> int:
-    return _by_call(lib.UFFD_USER_MODE_ONLY)
-
-
-FULL_WAYS = {"system call": _by_system_call, DEVICE: _by_device}
-"""Ways to a userfaultfd that serves faults of the kernel too; a guest's faults are such."""
-WAYS = FULL_WAYS | {"user mode only": _user_mode_only}
-
-
-def ways() -> list[str]:
-    """The WAYS that work here."""
-    return [way for way in WAYS if _opens(way)]
-
-
-def _opens(way: str) -> bool:
-    try:
-        os.close(WAYS[way]())
-    except OSError:
-        return False
-    return True
 
 
 class Uffd:
     """A userfaultfd with the `features` (UFFD_FEATURE_*). Raises KernelError: EINVAL where the kernel lacks one."""
 
     def __init__(self, *features: str) -> None:
-        self.fd = _open()
+        self.fd = open_uffd()
         wanted = 0
         for name in features:
             wanted |= getattr(lib, name)
@@ -141,15 +102,3 @@ class Uffd:
             raise
         finally:
             thread.join()
-
-
-def _open() -> int:
-    refusal: OSError | None = None
-    for way in WAYS.values():
-        try:
-            return way()
-        except OSError as error:
-            refusal = refusal or error
-    if isinstance(refusal, KernelError) and refusal.errno == errno.ENOSYS:
-        raise HostError("this kernel is built without userfaultfd")
-    raise HostError(f"no way to open a userfaultfd: {refusal}")

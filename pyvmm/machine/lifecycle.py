@@ -6,7 +6,7 @@ from __future__ import annotations
 import threading
 import time
 
-from pyvmm.errors import LifecycleError
+from pyvmm.errors import LifecycleError, PyvmmError
 from pyvmm.machine.outcome import RunResult
 from pyvmm.record import Record
 
@@ -30,7 +30,7 @@ class Crash(Record):
 
 class Lifecycle:
     """The threads of a VM's vCPUs. `paused`: parked, or about to be; `outcome`: what ended the guest, if anything has:
-    a RunResult, a Crash, or the exception that ended a vCPU's thread."""
+    a RunResult, a Crash, or the exception that ended a vCPU's thread; `trouble`: why hold() paused it, if it did."""
 
     def __init__(self, vcpus: list[Vcpu]) -> None:
         self._vcpus = vcpus
@@ -39,7 +39,9 @@ class Lifecycle:
         self._closed = False
         self._alive = 0  # threads that have not ended
         self._ended = threading.Event()
+        self._news = threading.Event()  # for wait(): ended, or in trouble
         self.paused = False
+        self.trouble: PyvmmError | None = None
         self.outcome: RunResult | Crash | BaseException | None = None
 
     @property
@@ -63,8 +65,22 @@ class Lifecycle:
                 vcpu.start(on_exit, self._on_thread_end)
 
     def wait(self, timeout: float | None) -> bool:
-        """Waits until all threads have ended, at most `timeout` seconds: have they?"""
-        return self._ended.wait(timeout)
+        """Waits until all threads have ended or hold() was called, at most `timeout` seconds: is it so?"""
+        return self._news.wait(timeout)
+
+    def hold(self, trouble: PyvmmError) -> None:
+        """Pauses the VM, whatever it does, because it must not go on like this; resume() lets it try."""
+        with self._lock:
+            if self._closed or self.outcome is not None:
+                return
+            self.trouble = trouble
+        try:
+            if self.started:
+                self.pause()
+        except PyvmmError:
+            pass  # closed meanwhile, or a vCPU that does not park: whoever waits hears of the trouble itself
+        finally:
+            self._news.set()
 
     def pause(self) -> float:
         """Parks all vCPUs and returns the seconds that took; after the guest's end waits for that instead."""
@@ -84,16 +100,20 @@ class Lifecycle:
                 self._ended.wait()  # the threads are through, and only have to say so
         return time.perf_counter() - begin
 
-    def resume(self) -> None:
-        """Lets paused vCPUs go on. Raises LifecycleError unless they are paused."""
+    def resume(self) -> PyvmmError | None:
+        """Lets paused vCPUs go on; returns what they were held for. Raises LifecycleError unless they are paused."""
         self.require_foreign("resume itself")  # whoever pauses may be waiting for this very thread
         with self._pausing, self._lock:
             self.require_open()
             if not self.paused:
                 raise LifecycleError("the VM is not paused")
             self.paused = False
+            trouble, self.trouble = self.trouble, None
+            if trouble is not None:
+                self._news.clear()
             for vcpu in self._vcpus if self.outcome is None else ():
                 vcpu.request_run()
+        return trouble
 
     def end(self, outcome: RunResult | Crash | BaseException) -> None:
         """Ends the guest soon; returns at once. What comes first is the outcome."""
@@ -140,3 +160,4 @@ class Lifecycle:
             last = self._alive == 0
         if last:
             self._ended.set()
+            self._news.set()

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from pyvmm.devices.serial import Serial
     from pyvmm.image.symbols import Symbols
+    from pyvmm.memory.engine import Engine
     from pyvmm.memory.space import Pages
     from pyvmm.state import State
 
@@ -89,7 +90,9 @@ class VM:
                 lapic = first.get_struct("KVM_GET_LAPIC", "struct kvm_lapic_state")
                 first.set_struct("KVM_SET_LAPIC", "struct kvm_lapic_state", lapic)
             self._life = Lifecycle(self.vcpus)
+            stack.callback(self.memory.close_engine)
             stack.callback(self._life.close)
+            self.memory.on_engine = self._on_engine
             self._stack = stack.pop_all()
 
     def __enter__(self) -> Self:
@@ -148,12 +151,15 @@ class VM:
     def wait(self, timeout: float | None = None) -> RunResult:
         """Waits until the guest has ended, at most `timeout` seconds; the guest goes on after a timeout.
 
-        Raises GuestCrash where the guest crashed, or the exception that ended a vCPU's thread.
+        Raises GuestCrash where the guest crashed, FetchError where a page of it cannot be brought back (the VM is
+        paused then, and resume() tries again), or the exception that ended a vCPU's thread.
         """
         if not self.started:
             raise LifecycleError("the VM is not started: nothing would end")
         if not self._life.wait(timeout):
             return TIMED_OUT
+        if self._life.trouble is not None:
+            raise self._life.trouble
         outcome = self._life.outcome
         if isinstance(outcome, RunResult):
             return outcome
@@ -171,7 +177,8 @@ class VM:
 
     def resume(self) -> None:
         """Lets paused vCPUs go on."""
-        self._life.resume()
+        if self._life.resume() is not None:
+            self.memory.engine.retry()
 
     def stop(self, status: int = 0) -> None:
         """Ends the guest now, as pulling the plug would, and waits until it has."""
@@ -307,6 +314,14 @@ class VM:
         if not 0 <= cpu < len(self.vcpus):
             raise BadInput(f"no vCPU {cpu}: the VM has {len(self.vcpus)}, counted from 0")
         return self.vcpus[cpu]
+
+    def _on_engine(self, engine: Engine) -> None:
+        from pyvmm.host import has
+
+        engine.has = has
+        engine.on_failure = self._life.hold
+        for vcpu in self.vcpus:
+            engine.attach_vcpu(vcpu.native)
 
     def _irq_line(self, irq: int) -> Callable[[bool], None]:
         return lambda level: self._fd.irq_line(irq, level)

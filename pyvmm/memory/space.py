@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import threading
 
 from pyvmm._native import ffi, lib
 from pyvmm.errors import BadInput, HostError, MemoryAccessError, check
@@ -11,9 +12,13 @@ from pyvmm.layout import BLOCK_SIZE, MIN_MEMORY, PAGE_SIZE, Gpa, Hva, format_siz
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import weakref
+    from collections.abc import Callable
     from typing import Literal, TypeAlias
 
     from pyvmm._native import CData
+    from pyvmm.memory.counts import PageCounts
+    from pyvmm.memory.engine import Engine
 
     Pages: TypeAlias = Literal["auto", "2m", "4k"]
     Buffer: TypeAlias = bytes | bytearray | memoryview
@@ -28,7 +33,9 @@ class GuestMemory:
     `regions` says where its parts lie in guest-physical space. `pages`: "2m" asks for transparent huge pages
     everywhere, "4k" for small pages only; "auto" is "2m" where the host has them, but small in the first 2 MiB, where
     boot structures and page tables would keep KVM from mapping a large page anyway.
-    `hugetlb` takes reserved 2 MiB pages of hugetlbfs instead. `untouched`: nothing has been written or viewed yet.
+    `hugetlb` takes reserved 2 MiB pages of hugetlbfs instead. `untouched`: nothing has been written or viewed yet;
+    `backing`: `pages` as it was given.
+    Pages may be away (`engine`): whatever is read, written or viewed here is brought back first, and stays meanwhile.
     """
 
     def __init__(self, size: int, pages: Pages = "auto", hugetlb: bool = False, address_bits: int = 48) -> None:
@@ -40,18 +47,73 @@ class GuestMemory:
         if pages == "2m" and not hugetlb:
             _require_thp()
         self.size = size
-        self.pages = pages
+        self.backing = pages
         self.hugetlb = hugetlb
         self.regions = ram_regions(size)
         # The cdata object owns the mapping: it goes when the last view of it has gone, never before.
         self._base: CData | None = _map(size, pages, hugetlb)
         self.untouched = True
+        self.on_engine: Callable[[Engine], None] = lambda engine: None
+        """Called with the engine when it is first asked for."""
+        self._engine: Engine | None = None
+        self._making = threading.Lock()
+        self._views: list[tuple[weakref.ref[memoryview], int, int]] = []
         if pages == "auto" and not hugetlb:
             check(lib.pv_madvise(self._base, min(size, BLOCK_SIZE), lib.MADV_NOHUGEPAGE), "madvise")
 
     def close(self) -> None:
         """Gives the memory back as soon as no view of it is left. Any later access raises MemoryAccessError."""
+        self.close_engine()
         self._base = None
+
+    def close_engine(self) -> None:
+        """Ends the engine: what is away is lost, so that nothing may run in the guest any more."""
+        if self._engine is not None:
+            self._engine.close()
+
+    @property
+    def engine(self) -> Engine:
+        """What takes pages away and brings them back. Made when it is first asked for; costs nothing before.
+
+        Raises BadInput for hugetlb memory, whose pages cannot be taken away one by one.
+        """
+        with self._making:
+            if self._engine is None:
+                from pyvmm.memory.engine import Engine
+
+                if self.hugetlb:
+                    raise BadInput("the pages of hugetlb memory stay where they are: use --pages 2m")
+                small = {"4k": -(-self.size // BLOCK_SIZE), "auto": 1, "2m": 0}[self.backing]
+                engine = Engine(self._mapping(), self.size, small)
+                engine.name_page = lambda page: f"gfn {self.gpa_of(page).gfn.value:#x}"
+                self.on_engine(engine)
+                for view, first, count in self._views:
+                    if view() is not None:
+                        engine.pin(first, count)
+                self._engine = engine
+            return self._engine
+
+    def pages(self) -> PageCounts:
+        """Where the guest's pages are: in large or small mappings, untouched, or away, by home."""
+        return self.engine.count()
+
+    # ---- numbers of pages and blocks: by their place in RAM, which has no holes ----
+
+    def page_of(self, gpa: Gpa) -> int:
+        """The number of the page that holds this byte. Raises MemoryAccessError where that is not RAM."""
+        return self._offset(gpa, 1) // PAGE_SIZE
+
+    def block_of(self, gpa: Gpa) -> int:
+        """The number of the 2 MiB block that holds this byte, likewise."""
+        return self._offset(gpa, 1) // BLOCK_SIZE
+
+    def gpa_of(self, page: int) -> Gpa:
+        """Where a page begins. Raises MemoryAccessError where there is no such page."""
+        for region in self.regions:
+            distance = page * PAGE_SIZE - region.offset
+            if 0 <= distance < region.size:
+                return region.gpa + distance
+        raise MemoryAccessError(f"there is no page {page}: the VM has {self.size // PAGE_SIZE}")
 
     def _mapping(self) -> CData:
         """The mapping, which stays for as long as the caller holds this; an address within it would not hold it."""
@@ -81,7 +143,8 @@ class GuestMemory:
         """A copy of `size` bytes at `gpa`. Raises MemoryAccessError unless all of them are RAM."""
         mapping, offset = self._mapping(), self._offset(gpa, size)
         data = bytearray(size)
-        lib.pv_copy(ffi.from_buffer(data), mapping + offset, size)
+        with self._present(offset, size):
+            lib.pv_copy(ffi.from_buffer(data), mapping + offset, size)
         return bytes(data)
 
     def write(self, gpa: Gpa, data: Buffer) -> None:
@@ -90,18 +153,42 @@ class GuestMemory:
         size = ffi.sizeof(source)
         mapping, offset = self._mapping(), self._offset(gpa, size)
         self.untouched = False
-        lib.pv_copy(mapping + offset, source, size)
+        with self._present(offset, size):
+            lib.pv_copy(mapping + offset, source, size)
 
     def zero(self, gpa: Gpa, size: int) -> None:
         """Writes zeros. Raises MemoryAccessError unless the whole range is RAM."""
         mapping, offset = self._mapping(), self._offset(gpa, size)
-        lib.pv_zero(mapping + offset, size)
+        with self._present(offset, size):
+            lib.pv_zero(mapping + offset, size)
 
     def view(self, gpa: Gpa, size: int) -> memoryview:
-        """A writable view of guest memory, without a copy; it stays valid, and the memory mapped, while it is held."""
+        """A writable view of guest memory, without a copy; it stays valid, and the memory mapped, while it is held.
+
+        Nor are its pages taken away meanwhile: hold it no longer than needed.
+        """
+        import weakref
+
         mapping, offset = self._mapping(), self._offset(gpa, size)
         self.untouched = False
-        return memoryview(ffi.buffer(mapping, self.size))[offset : offset + size]
+        whole = ffi.buffer(mapping, self.size)
+        first, count = _pages(offset, size)
+        with self._making:
+            self._views = [known for known in self._views if known[0]() is not None]
+            self._views.append((weakref.ref(whole), first, count))
+            engine = self._engine
+        if engine is not None:
+            engine.pin(first, count)
+        weakref.finalize(whole, self._unpin, first, count)
+        return memoryview(whole)[offset : offset + size]
+
+    def _unpin(self, first: int, count: int) -> None:
+        if self._engine is not None:
+            self._engine.unpin(first, count)
+
+    def _present(self, offset: int, size: int) -> _Pinned | _Nothing:
+        """Within its `with`, these bytes are in the guest's mapping. Raises FetchError."""
+        return _NOTHING if self._engine is None else _Pinned(self._engine, *_pages(offset, size))
 
     def __getitem__(self, where: slice) -> bytes:
         gpa, size = self._range(where)
@@ -118,6 +205,35 @@ class GuestMemory:
             raise BadInput("guest memory takes slices with both ends and no step: memory[gpa : gpa + size]")
         start, stop = Gpa(where.start.__index__()), Gpa(where.stop.__index__())
         return start, stop - start
+
+
+class _Pinned:
+    def __init__(self, engine: Engine, first: int, count: int) -> None:
+        self._engine = engine
+        self._range = first, count
+
+    def __enter__(self) -> None:
+        self._engine.pin(*self._range)
+
+    def __exit__(self, *_: object) -> None:
+        self._engine.unpin(*self._range)
+
+
+class _Nothing:
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+_NOTHING = _Nothing()
+
+
+def _pages(offset: int, size: int) -> tuple[int, int]:
+    """First page and number of pages of a range of bytes."""
+    first = offset // PAGE_SIZE
+    return first, -(-(offset + size) // PAGE_SIZE) - first if size else 0
 
 
 def _check_size(size: int, hugetlb: bool, address_bits: int) -> None:

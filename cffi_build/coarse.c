@@ -1,0 +1,233 @@
+/* coarse.c: write traces by userfaultfd write protection in units larger than a page (technique T7, US11995459B2): the
+ * first write marks the whole unit and lifts its trace, and large pages stay large. A block that is written round after
+ * round is traced by small pages.
+ *
+ * The mutex is held while a page's mark and its protection change together: else a mark could be collected while the
+ * protection it stands for is just being lifted, and writes would be lost. Pages that come back while a trace runs come
+ * unprotected, so they are marked: a superset, which is counted. */
+#define _GNU_SOURCE
+#include "engine_inside.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define REFINED 255
+#define STRIDE ((uint64_t)16 << 20) /* bytes protected in one call at the start: what a fault may have to wait for */
+
+static uint64_t mark_words(const struct pv_engine *engine) { return (engine->pages + 63) / 64; }
+
+static void mark(struct pv_engine *engine, uint64_t page, uint64_t count)
+{
+    uint64_t *marks = engine->trace.marks;
+    for (uint64_t end = page + count; page < end;) {
+        uint64_t bit = page % 64, part = 64 - bit < end - page ? 64 - bit : end - page;
+        marks[page / 64] |= (part == 64 ? ~0ull : ((1ull << part) - 1)) << bit;
+        page += part;
+    }
+}
+
+static bool marked(const struct pv_engine *engine, uint64_t page, uint64_t count)
+{
+    const uint64_t *marks = engine->trace.marks;
+    if (count == 1)
+        return marks[page / 64] >> page % 64 & 1;
+    for (uint64_t i = page; i < page + count; i = (i / 64 + 1) * 64) { /* units above a page: at least 2, aligned */
+        uint64_t word = marks[i / 64] >> i % 64;
+        if (count < 64)
+            word &= (1ull << count) - 1;
+        if (word)
+            return true;
+    }
+    return false;
+}
+
+static bool is_refined(const struct trace *trace, uint64_t page)
+{
+    return trace->streaks[page / PV_BLOCK_PAGES] == REFINED;
+}
+
+/* The unit of a page, cut to RAM. */
+static uint64_t unit_of(const struct pv_engine *engine, uint64_t page, uint64_t *count)
+{
+    const struct trace *trace = &engine->trace;
+    uint64_t unit = is_refined(trace, page) ? 1 : 1ull << (trace->shift - 12), first = page / unit * unit;
+    *count = engine->pages - first < unit ? engine->pages - first : unit;
+    return first;
+}
+
+void trace_enter(struct pv_engine *engine) { pthread_mutex_lock(&engine->trace.mutex); }
+
+void trace_leave(struct pv_engine *engine, uint64_t page, uint32_t count)
+{
+    if (engine->trace.on) {
+        mark(engine, page, count);
+        engine->trace.stats.installed += count;
+    }
+    pthread_mutex_unlock(&engine->trace.mutex);
+}
+
+int trace_fault(struct pv_engine *engine, uint64_t page)
+{
+    struct trace *trace = &engine->trace;
+    uint64_t first = page, count = 1;
+    pthread_mutex_lock(&trace->mutex);
+    if (trace->on) {
+        first = unit_of(engine, page, &count);
+        mark(engine, first, count);
+        trace->stats.faults++;
+    }
+    int error = uffd_protect(engine, ram_at(engine, first), count * PV_PAGE, false);
+    pthread_mutex_unlock(&trace->mutex);
+    return error;
+}
+
+static int protect_all(struct pv_engine *engine, bool on)
+{
+    for (uint64_t at = 0; at < engine->size; at += STRIDE) {
+        uint64_t size = engine->size - at < STRIDE ? engine->size - at : STRIDE;
+        int error = uffd_protect(engine, engine->ram + at, size, on);
+        if (error)
+            return error;
+        engine->trace.stats.protected += on ? size : 0;
+    }
+    return 0;
+}
+
+static void set_on(struct trace *trace, bool on)
+{
+    pthread_mutex_lock(&trace->mutex);
+    trace->on = on;
+    pthread_mutex_unlock(&trace->mutex);
+}
+
+int pv_trace_start(struct pv_engine *engine, uint32_t shift, uint32_t refine)
+{
+    struct trace *trace = &engine->trace;
+    if (shift < 12 || shift > 30 || refine >= REFINED)
+        return -EINVAL;
+    if (trace->on)
+        return -EBUSY;
+    free(trace->marks);
+    free(trace->streaks);
+    trace->marks = calloc(mark_words(engine), sizeof(uint64_t));
+    trace->streaks = calloc(engine->blocks, 1);
+    if (!trace->marks || !trace->streaks)
+        return -ENOMEM;
+    trace->shift = shift;
+    trace->refine = refine;
+    memset(&trace->stats, 0, sizeof(trace->stats));
+    int error = span_hold_all(engine, true);
+    if (error)
+        return error;
+    set_on(trace, true); /* before the first page is protected: from here on all that appears is marked */
+    error = protect_all(engine, true);
+    if (error)
+        (void)!pv_trace_stop(engine);
+    return error;
+}
+
+/* A block that was written in enough successive rounds is refined; `written`: in this one. Under the mutex. */
+static void note_round(struct trace *trace, uint64_t block, bool written)
+{
+    uint8_t *streak = &trace->streaks[block];
+    if (*streak == REFINED || !trace->refine)
+        return;
+    *streak = written ? (uint8_t)(*streak + 1) : 0;
+    if (*streak >= trace->refine) {
+        *streak = REFINED;
+        trace->stats.refined++;
+    }
+}
+
+/* Takes the marks of [first, first+count) into bits and protects it again. */
+static int take(struct pv_engine *engine, uint64_t first, uint64_t count, uint64_t *bits)
+{
+    struct trace *trace = &engine->trace;
+    pthread_mutex_lock(&trace->mutex);
+    int error = uffd_protect(engine, ram_at(engine, first), count * PV_PAGE, true);
+    if (!error) {
+        trace->stats.protected += count * PV_PAGE;
+        for (uint64_t page = first; page < first + count;) {
+            uint64_t bit = page % 64, part = 64 - bit < first + count - page ? 64 - bit : first + count - page;
+            uint64_t mask = (part == 64 ? ~0ull : ((1ull << part) - 1)) << bit;
+            bits[page / 64] |= trace->marks[page / 64] & mask;
+            trace->marks[page / 64] &= ~mask;
+            page += part;
+        }
+    }
+    pthread_mutex_unlock(&trace->mutex);
+    return error;
+}
+
+static bool range_marked(const struct pv_engine *engine, uint64_t first, uint64_t count)
+{
+    for (uint64_t word = first / 64; word < (first + count + 63) / 64; word++)
+        if (__atomic_load_n(&engine->trace.marks[word], __ATOMIC_RELAXED))
+            return true;
+    return false;
+}
+
+int pv_trace_collect(struct pv_engine *engine, uint64_t *bits)
+{
+    struct trace *trace = &engine->trace;
+    if (!trace->on)
+        return -EINVAL;
+    uint64_t unit = 1ull << (trace->shift - 12);
+    uint64_t step = unit > PV_BLOCK_PAGES ? unit : PV_BLOCK_PAGES; /* a block, or a unit of several */
+    for (uint64_t first = 0; first < engine->pages; first += step) {
+        uint64_t count = engine->pages - first < step ? engine->pages - first : step;
+        bool written = range_marked(engine, first, count);
+        if (written) {
+            /* Runs of marked units: what is not marked is still protected. A refined block is protected whole. */
+            for (uint64_t at = first; at < first + count;) {
+                uint64_t length, start = unit_of(engine, at, &length);
+                if (is_refined(trace, at) && unit <= PV_BLOCK_PAGES) {
+                    start = first;
+                    length = count;
+                }
+                if (marked(engine, start, length) || length == count) {
+                    int error = take(engine, start, length, bits);
+                    if (error)
+                        return error;
+                }
+                at = start + length;
+            }
+        }
+        pthread_mutex_lock(&trace->mutex);
+        for (uint64_t block = first / PV_BLOCK_PAGES; block * PV_BLOCK_PAGES < first + count; block++)
+            note_round(trace, block, written);
+        pthread_mutex_unlock(&trace->mutex);
+    }
+    return 0;
+}
+
+void pv_trace_put_back(struct pv_engine *engine, const uint64_t *bits)
+{
+    struct trace *trace = &engine->trace;
+    pthread_mutex_lock(&trace->mutex);
+    for (uint64_t word = 0; trace->on && word < mark_words(engine); word++)
+        trace->marks[word] |= bits[word];
+    pthread_mutex_unlock(&trace->mutex);
+}
+
+int pv_trace_stop(struct pv_engine *engine)
+{
+    if (!engine->trace.on)
+        return -EINVAL;
+    set_on(&engine->trace, false);
+    /* Whoever still waits in a fault is answered by the engine, or woken when the last range is unregistered. */
+    int error = protect_all(engine, false);
+    span_release_all(engine, true);
+    return error;
+}
+
+void pv_trace_look(struct pv_engine *engine, struct pv_trace_stats *out, uint8_t *refined)
+{
+    struct trace *trace = &engine->trace;
+    pthread_mutex_lock(&trace->mutex);
+    *out = trace->stats;
+    for (uint64_t block = 0; refined && block < engine->blocks; block++)
+        refined[block] = trace->streaks && trace->streaks[block] == REFINED;
+    pthread_mutex_unlock(&trace->mutex);
+}

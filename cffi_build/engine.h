@@ -1,0 +1,188 @@
+/* engine.h: guest memory in which every page has a home. What Python sees of it; its inside is engine_inside.h.
+ *
+ * A page is PRESENT (whatever the guest's mapping has there is its content, an unpopulated page reading as zeros) or
+ * away, in exactly one home. Only the functions here put pages away and bring them back, under the lock of their 2 MiB
+ * block, and whoever holds such a lock never touches guest memory through the guest's mapping: that could wait for a
+ * fault that needs the lock. Pages and blocks are numbered by their place in the mapping of all RAM. */
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define PV_PAGE 4096u
+#define PV_BLOCK (2u << 20)
+#define PV_BLOCK_PAGES 512u
+
+/* A page's word: its home in the low 4 bits, flags in the next 8, a locator for the home's own use in the rest. */
+#define PV_HOME_PRESENT 0
+#define PV_HOME_ZERO 1    /* all zeros, stored nowhere */
+#define PV_HOME_ASIDE 2   /* in the aside area, at the same offset as in RAM */
+#define PV_HOME_FILE 3    /* a block of a snapshot */
+#define PV_HOME_SWAP 4    /* a slot of the swap file */
+#define PV_HOME_PEER 5    /* still with the migration source */
+#define PV_HOME_BALLOON 6 /* given up by the guest: zeros when it comes back */
+#define PV_HOME_SHARED 7  /* one copy for several pages */
+#define PV_HOMES 8
+#define PV_PAGE_HOME 0xfull
+#define PV_PAGE_LOCATOR_SHIFT 12
+
+/* A block's word. The low half is a futex. */
+#define PV_BLOCK_LOCKED (1u << 0)
+#define PV_BLOCK_WAITED (1u << 1)         /* someone sleeps on the lock */
+#define PV_BLOCK_SMALL (1u << 2)          /* to be mapped by small pages: SPLIT or BROKEN, or asked for from the start */
+#define PV_BLOCK_BROKEN (1u << 3)         /* its physical large page is given up, or there never was one */
+#define PV_BLOCK_ASIDE_LARGE (1u << 4)    /* wholly aside, as one large page */
+#define PV_BLOCK_AWAY_SHIFT 16            /* pages away, 0 to 512: 10 bits */
+#define PV_BLOCK_PINS_SHIFT 32            /* holders of a view, or copies under way: nothing is removed meanwhile */
+
+#define PV_LATENCY_BUCKETS 40 /* bucket b counts faults that took 2^b to 2^(b+1)-1 ns */
+
+/* How to work, for pv_engine_equip. */
+#define PV_ENGINE_MOVE 1u   /* UFFDIO_MOVE; else by UFFDIO_COPY and MADV_COLLAPSE */
+#define PV_ENGINE_POISON 2u /* 0xA5 into staging memory that holds nothing: debugging */
+
+/* What to put away, for pv_engine_remove. */
+#define PV_REMOVE_ASIDE 0 /* all pages; what was never populated goes to ZERO */
+#define PV_REMOVE_ZERO 1  /* pages of zeros only, to ZERO: whole large pages, and small pages */
+
+/* What can be asked of blocks: indices of pv_engine_stats.ops. */
+#define PV_OP_REMOVE 0
+#define PV_OP_INSTALL 1
+#define PV_OP_SPLIT 2
+#define PV_OP_MERGE 3
+#define PV_OP_BREAK 4
+#define PV_OP_STORE 5
+#define PV_OPS 6
+
+/* How a fault was answered: indices of pv_engine_stats.answers. */
+#define PV_ANSWER_BLOCK 0     /* the whole block came back as a large page */
+#define PV_ANSWER_COLLAPSED 1 /* ... of small pages, made large by MADV_COLLAPSE */
+#define PV_ANSWER_PAGES 2     /* small pages */
+#define PV_ANSWER_MERGED 3    /* it had come by an answer to another fault */
+#define PV_ANSWER_TRACE 4     /* a write trace was lifted */
+#define PV_ANSWER_FAILED 5
+#define PV_ANSWERS 6
+
+struct pv_op_count {
+    uint64_t done, failed, nanoseconds, longest;
+};
+
+struct pv_stall { /* of one vCPU, from where the engine read its fault to the answer */
+    uint64_t faults, nanoseconds, longest;
+};
+
+struct pv_engine_stats {
+    uint64_t faults;             /* messages read */
+    uint64_t by_home[PV_HOMES];  /* PRESENT: pages never populated, write traces, and faults merged with others */
+    uint64_t answers[PV_ANSWERS];
+    uint64_t latency[PV_LATENCY_BUCKETS];
+    uint64_t nanoseconds;        /* all latencies together */
+    uint64_t retries;            /* EAGAIN: the kernel asked to try again */
+    uint64_t arms, disarms;      /* registrations with userfaultfd */
+    uint64_t kept_large, collapsed, stayed_small; /* whole large blocks that were installed */
+    struct pv_op_count ops[PV_OPS];
+    struct pv_stall stalls[PV_MAX_CPUS];
+    struct pv_stall workers;     /* KVM's asynchronous page faults, for one of several vCPUs */
+    struct pv_stall others;      /* threads of ours that are no vCPU */
+};
+
+/* A home that Python or another part of C provides. All return 0 or -errno; called under the block's lock, from the
+ * engine's thread or any other, never from two threads for one block. */
+struct pv_home {
+    /* Brings `count` pages from `page` on, whose words are words[0..count), into `to`. */
+    int (*fetch)(void *self, uint64_t page, uint32_t count, const uint64_t *words, uint8_t *to);
+    /* Stores pages and says in locators[0..count) (52 bits) where. NULL: takes none. */
+    int (*store)(void *self, uint64_t page, uint32_t count, const uint8_t *from, uint64_t *locators);
+    /* The pages are back in the guest: their places may be given to others. NULL: nothing to do. */
+    void (*forget)(void *self, uint64_t page, uint32_t count, const uint64_t *words);
+    void *self;
+};
+
+struct pv_failure {
+    uint64_t page;
+    uint32_t home;
+    int error;      /* positive errno */
+    uint64_t count; /* failures so far */
+};
+
+/* How blocks look, for pv_engine_look: what most of their pages are. */
+#define PV_LOOK_UNTOUCHED 0
+#define PV_LOOK_LARGE 1
+#define PV_LOOK_SMALL 2
+#define PV_LOOK_AWAY 3 /* + home: ZERO is 4, ASIDE 5, ... */
+
+struct pv_engine;
+
+/* Makes the page map of RAM: `size` bytes at `ram`; 0 and *out, or -errno. small_blocks: so many blocks at the start
+ * are small from the beginning (all of them: UINT64_MAX). No userfaultfd and no thread before pv_engine_equip. */
+int pv_engine_open(uint8_t *ram, uint64_t size, uint64_t small_blocks, struct pv_engine **out) PV_CHECKED;
+/* Ends the thread, lets all faults go, gives everything back. `ram` stays. No other call may be under way. */
+void pv_engine_close(struct pv_engine *engine);
+
+/* Two fresh userfaultfds, which the engine closes at its end (also if this fails): for RAM and for the aside area. */
+int pv_engine_equip(struct pv_engine *engine, int uffd, int aside_uffd, uint32_t how) PV_CHECKED;
+int pv_engine_equipped(const struct pv_engine *engine) PV_CHECKED;
+/* Whose thread is vCPU `index`: for stalls. The vCPU must outlive the engine. */
+void pv_engine_vcpu(struct pv_engine *engine, uint32_t index, const struct pv_vcpu *vcpu);
+/* Who serves a home. `home` must stay where it is until the engine is closed. */
+void pv_engine_home(struct pv_engine *engine, uint32_t number, const struct pv_home *home);
+
+/* The words, for views without a copy. */
+uint64_t *pv_engine_pages(struct pv_engine *engine);
+uint64_t *pv_engine_blocks(struct pv_engine *engine);
+
+/* Puts pages away; those that are away already stay where they are. Returns how many went, or -errno: -EBUSY where a
+ * pin forbids it, or the kernel uses a page. The range must lie in one block. */
+int pv_engine_remove(struct pv_engine *engine, uint64_t page, uint32_t count, int what) PV_CHECKED;
+/* From ASIDE to another home; returns how many pages went, or -errno: what was not stored is still ASIDE. One block. */
+int pv_engine_store(struct pv_engine *engine, uint64_t page, uint32_t count, uint32_t home) PV_CHECKED;
+/* Gives pages that nobody has touched yet a home from which they will come. All of them must be unpopulated and
+ * PRESENT; locator: of the first, each following one's is greater by one. */
+int pv_engine_assign(struct pv_engine *engine, uint64_t page, uint64_t count, uint32_t home,
+                     uint64_t locator) PV_CHECKED;
+/* Brings back what is away in the range, whole blocks as large pages. 0 or -errno of the first that failed. */
+int pv_engine_install(struct pv_engine *engine, uint64_t page, uint64_t count) PV_CHECKED;
+/* The same, and until pv_engine_unpin nothing in these blocks is removed. */
+int pv_engine_pin(struct pv_engine *engine, uint64_t page, uint64_t count) PV_CHECKED;
+void pv_engine_unpin(struct pv_engine *engine, uint64_t page, uint64_t count);
+
+/* Splits a large mapping into 512 small ones, the physical page staying whole. */
+int pv_engine_split(struct pv_engine *engine, uint64_t block) PV_CHECKED;
+/* Makes a block one large page again, bringing back what is away in it. */
+int pv_engine_merge(struct pv_engine *engine, uint64_t block) PV_CHECKED;
+/* Splits the mapping and the physical page. */
+int pv_engine_break(struct pv_engine *engine, uint64_t block) PV_CHECKED;
+
+/* Waits for a failed fetch or for the engine's end: 1 and *out, or 0. */
+int pv_engine_wait_failure(struct pv_engine *engine, struct pv_failure *out) PV_CHECKED;
+/* Lets pv_engine_wait_failure return 0, now and for ever. */
+void pv_engine_end_failures(struct pv_engine *engine);
+/* Lets the threads that wait for a page whose fetch failed try again. */
+void pv_engine_retry(struct pv_engine *engine);
+
+void pv_engine_read_stats(struct pv_engine *engine, struct pv_engine_stats *out);
+/* Pages by home (PV_HOMES of them), and whether any range is registered with userfaultfd now. */
+void pv_engine_count(struct pv_engine *engine, uint64_t *by_home, int *armed);
+/* Present pages by the kernel's page tables: in large mappings, in small ones. looks: NULL, or PV_LOOK_* a block. */
+int pv_engine_look(struct pv_engine *engine, uint64_t *large, uint64_t *small, uint8_t *looks) PV_CHECKED;
+
+/* ---- coarse write traces (technique T7, US11995459B2) ---- */
+
+struct pv_trace_stats {
+    uint64_t faults;    /* writes that lifted a trace */
+    uint64_t installed; /* pages marked because they came back while traced: written or not */
+    uint64_t refined;   /* blocks traced by small pages now */
+    uint64_t protected; /* bytes protected, again and again */
+};
+
+/* Write-protects all RAM in units of 2^shift bytes, 12 to 30, while vCPUs run. A block written in `refine` successive
+ * rounds is traced by small pages from then on; 0: never. */
+int pv_trace_start(struct pv_engine *engine, uint32_t shift, uint32_t refine) PV_CHECKED;
+/* ORs into `bits` (one a page) what was written since the last call, and protects it again. On -errno what was
+ * written is still marked. */
+int pv_trace_collect(struct pv_engine *engine, uint64_t *bits) PV_CHECKED;
+/* Marks pages as written: those in `bits`. */
+void pv_trace_put_back(struct pv_engine *engine, const uint64_t *bits);
+int pv_trace_stop(struct pv_engine *engine) PV_CHECKED;
+/* Blocks that are refined, one byte each, and counts. */
+void pv_trace_look(struct pv_engine *engine, struct pv_trace_stats *out, uint8_t *refined);

@@ -1,0 +1,161 @@
+/* engine_inside.h: what the files of the memory engine share. Locks, from outer to inner: a block's lock, the staging
+ * slots, the trace's mutex, the mutex of the spans. */
+#pragma once
+
+#include "native.h"
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+
+#define SPAN_SHIFT 30 /* userfaultfd is armed and disarmed by GiB */
+#define SLOTS 4       /* staging blocks */
+
+/* One GiB of RAM as userfaultfd sees it. */
+struct span {
+    uint64_t users;  /* pages away, and operations and traces that need faults to be reported */
+    uint64_t wp_users; /* of these, those that need write protection */
+    uint64_t modes;  /* UFFDIO_REGISTER_MODE_* in force; 0: not registered */
+};
+
+struct trace {
+    pthread_mutex_t mutex; /* held while a page's mark and its protection change */
+    bool on;
+    uint32_t shift, refine;
+    uint64_t *marks;  /* written since the last collection: one bit a page */
+    uint8_t *streaks; /* successive rounds in which a block was written; REFINED: traced by small pages */
+    struct pv_trace_stats stats;
+};
+
+struct pv_engine {
+    uint8_t *ram, *aside, *staging, *zero;
+    uint64_t size, pages, blocks;
+    uint64_t *page_words, *block_words;
+    struct pv_home homes[PV_HOMES];
+
+    int uffd, aside_uffd, pagemap, wake; /* wake: an eventfd that ends the thread */
+    bool move, poison, scans;            /* scans: the kernel has PAGEMAP_SCAN */
+
+    pthread_mutex_t span_mutex;
+    struct span *spans;
+    pthread_t thread;
+    bool threaded; /* under span_mutex */
+
+    pthread_mutex_t slot_mutex;
+    pthread_cond_t slot_free;
+    uint32_t slots_taken;
+
+    struct trace trace;
+
+    pthread_mutex_t fail_mutex;
+    pthread_cond_t fail_news;
+    struct pv_failure failure;
+    uint64_t failures_told;
+    bool failures_ended;
+
+    const struct pv_vcpu *vcpus[PV_MAX_CPUS];
+    atomic_uint_fast64_t home_counts[PV_HOMES]; /* pages by home; PRESENT stays 0 */
+    struct pv_engine_stats stats;               /* written by relaxed atomic additions */
+};
+
+/* ---- small things ---- */
+
+static inline void count_up(uint64_t *counter, uint64_t by) { __atomic_fetch_add(counter, by, __ATOMIC_RELAXED); }
+
+static inline void note_longest(uint64_t *longest, uint64_t value)
+{
+    uint64_t before = __atomic_load_n(longest, __ATOMIC_RELAXED);
+    while (value > before &&
+           !__atomic_compare_exchange_n(longest, &before, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED))
+        ;
+}
+
+uint64_t pv_now(void); /* ns, CLOCK_MONOTONIC */
+
+static inline uint8_t *ram_at(const struct pv_engine *engine, uint64_t page) { return engine->ram + page * PV_PAGE; }
+static inline uint8_t *aside_at(const struct pv_engine *engine, uint64_t page)
+{
+    return engine->aside + page * PV_PAGE;
+}
+static inline uint32_t pages_of_block(const struct pv_engine *engine, uint64_t block)
+{
+    uint64_t left = engine->pages - block * PV_BLOCK_PAGES;
+    return left < PV_BLOCK_PAGES ? (uint32_t)left : PV_BLOCK_PAGES;
+}
+
+/* ---- pagemap.c: words, locks, and what the kernel has mapped ---- */
+
+void block_lock(struct pv_engine *engine, uint64_t block);
+void block_unlock(struct pv_engine *engine, uint64_t block);
+/* All of these under the block's lock. */
+uint64_t block_word(const struct pv_engine *engine, uint64_t block);
+void block_flags(struct pv_engine *engine, uint64_t block, uint32_t set, uint32_t clear);
+uint32_t block_away(const struct pv_engine *engine, uint64_t block);
+uint32_t block_pins(const struct pv_engine *engine, uint64_t block);
+void block_pin(struct pv_engine *engine, uint64_t block, int by);
+uint32_t page_home(const struct pv_engine *engine, uint64_t page);
+/* Changes a page's word and all counts that hang on it, but not the span's users. */
+void page_set(struct pv_engine *engine, uint64_t page, uint64_t word);
+
+/* Populated pages of at most a block, a bit each; *large: so many of them in a large mapping. 0 or -errno. */
+struct populated {
+    uint64_t bits[PV_BLOCK_PAGES / 64];
+    uint32_t count, large;
+};
+int look_at(struct pv_engine *engine, const uint8_t *address, uint32_t pages, struct populated *out);
+static inline bool is_populated(const struct populated *seen, uint32_t index)
+{
+    return seen->bits[index / 64] >> index % 64 & 1;
+}
+
+/* ---- uffd.c: the ioctls, with EAGAIN and partial results dealt with. 0 or -errno ---- */
+
+int uffd_copy(struct pv_engine *engine, void *to, const void *from, uint64_t size, uint64_t mode);
+int uffd_zero(struct pv_engine *engine, void *to, uint64_t size);
+/* Moves what is populated; holes stay holes. */
+int uffd_move(struct pv_engine *engine, int fd, void *to, void *from, uint64_t size);
+int uffd_protect(struct pv_engine *engine, void *address, uint64_t size, bool on);
+void uffd_wake(struct pv_engine *engine, void *address, uint64_t size);
+
+/* Faults of the span of `page` are reported from here on until span_release; wp: write protection is possible too. */
+int span_hold(struct pv_engine *engine, uint64_t page, bool wp) PV_CHECKED;
+void span_add(struct pv_engine *engine, uint64_t page, uint64_t users); /* while held */
+void span_release(struct pv_engine *engine, uint64_t page, uint64_t users, bool wp);
+int span_hold_all(struct pv_engine *engine, bool wp) PV_CHECKED;
+void span_release_all(struct pv_engine *engine, bool wp);
+
+/* Makes write protection possible in one block, whose lock and span are held. All of it must be present when that
+ * ends. */
+int block_watch(struct pv_engine *engine, uint64_t page) PV_CHECKED;
+int block_unwatch(struct pv_engine *engine, uint64_t page) PV_CHECKED;
+
+/* ---- fault.c: the thread ---- */
+
+int fault_thread_start(struct pv_engine *engine) PV_CHECKED; /* under span_mutex; once */
+void fault_thread_end(struct pv_engine *engine);
+void fail(struct pv_engine *engine, uint64_t page, int error);
+
+/* ---- install.c, remove.c: under the block's lock ---- */
+
+int slot_take(struct pv_engine *engine);
+uint8_t *slot_at(struct pv_engine *engine, int slot);
+void slot_give(struct pv_engine *engine, int slot);
+void make_zeros(uint8_t *slot);
+
+/* Brings pages of one block back, the whole block where it is to be large and all of it is away. Answer or -errno. */
+int bring(struct pv_engine *engine, uint64_t page, uint32_t count);
+/* A touch of a page that is PRESENT and not populated. Answer or -errno. */
+int bring_untouched(struct pv_engine *engine, uint64_t page, bool written);
+
+/* Takes what is populated into the aside area, and sets the words by what the kernel then has where. By UFFDIO_MOVE, or
+ * by copying: then write protection must be possible there. Pages gone, or -errno. One block, its span held. */
+int take_out(struct pv_engine *engine, uint64_t page, uint32_t count, bool copy);
+void count_op(struct pv_engine *engine, int op, uint64_t since, int result);
+
+/* ---- coarse.c: around whatever makes pages appear in the guest ---- */
+
+void trace_enter(struct pv_engine *engine);
+/* Marks what appeared, and may be written without a fault from now on. */
+void trace_leave(struct pv_engine *engine, uint64_t page, uint32_t count);
+/* A write to a protected page: marks it and lifts the protection. 0 or -errno. */
+int trace_fault(struct pv_engine *engine, uint64_t page);

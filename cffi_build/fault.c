@@ -1,0 +1,146 @@
+/* fault.c: the thread that answers touches of pages that are away, and what happens where it cannot. No Python, no GIL:
+ * a vCPU waits for every line here. */
+#define _GNU_SOURCE
+#include "engine_inside.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <signal.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define MESSAGES 32
+
+/* Who waits for a fault: a vCPU's thread, another of ours, or a worker of KVM's asynchronous page faults, which stands
+ * for a vCPU that it has halted meanwhile (of several vCPUs it cannot be told for which). */
+static struct pv_stall *stall_of(struct pv_engine *engine, uint32_t tid)
+{
+    uint32_t cpus = 0;
+    for (; cpus < PV_MAX_CPUS && engine->vcpus[cpus]; cpus++)
+        if (__atomic_load_n(&engine->vcpus[cpus]->tid, __ATOMIC_RELAXED) == tid)
+            return &engine->stats.stalls[cpus];
+    if (syscall(SYS_tgkill, getpid(), (pid_t)tid, 0) == 0)
+        return &engine->stats.others;
+    return cpus == 1 ? &engine->stats.stalls[0] : &engine->stats.workers;
+}
+
+static void note(struct pv_engine *engine, uint32_t home, int answer, uint32_t tid, uint64_t nanoseconds)
+{
+    struct pv_stall *stall = stall_of(engine, tid);
+    int bucket = nanoseconds ? 63 - __builtin_clzll(nanoseconds) : 0;
+    count_up(&engine->stats.faults, 1);
+    count_up(&engine->stats.by_home[home], 1);
+    count_up(&engine->stats.answers[answer < 0 ? PV_ANSWER_FAILED : answer], 1);
+    count_up(&engine->stats.latency[bucket < PV_LATENCY_BUCKETS ? bucket : PV_LATENCY_BUCKETS - 1], 1);
+    count_up(&engine->stats.nanoseconds, nanoseconds);
+    count_up(&stall->faults, 1);
+    count_up(&stall->nanoseconds, nanoseconds);
+    note_longest(&stall->longest, nanoseconds);
+}
+
+static int answer_write(struct pv_engine *engine, uint64_t page)
+{
+    int error = trace_fault(engine, page);
+    /* ENOENT: no longer registered, and whoever waited was woken by that */
+    return error && error != -ENOENT ? error : PV_ANSWER_TRACE;
+}
+
+static void serve(struct pv_engine *engine, const struct uffd_msg *message, uint64_t begin)
+{
+    uint64_t flags = message->arg.pagefault.flags;
+    uint64_t page = (message->arg.pagefault.address - (uintptr_t)engine->ram) / PV_PAGE, block = page / PV_BLOCK_PAGES;
+    int answer;
+    block_lock(engine, block);
+    uint32_t home = page_home(engine, page);
+    if (home != PV_HOME_PRESENT) {
+        answer = bring(engine, page, 1);
+        /* A writer held by protection while its page was taken out waits for this page and is woken by its arrival;
+         * so is every other that waits for a page of what arrived. */
+    } else if (flags & UFFD_PAGEFAULT_FLAG_WP) {
+        answer = answer_write(engine, page);
+    } else {
+        answer = bring_untouched(engine, page, flags & UFFD_PAGEFAULT_FLAG_WRITE);
+    }
+    block_unlock(engine, block);
+    if (answer < 0)
+        fail(engine, page, -answer);
+    note(engine, home, answer, message->arg.pagefault.feat.ptid, pv_now() - begin);
+}
+
+static void *answer_faults(void *argument)
+{
+    struct pv_engine *engine = argument;
+    struct pollfd ready[] = {{.fd = engine->uffd, .events = POLLIN}, {.fd = engine->wake, .events = POLLIN}};
+    struct uffd_msg messages[MESSAGES];
+    for (;;) {
+        if (poll(ready, 2, -1) < 0)
+            continue; /* EINTR: all signals are blocked, but a debugger may stop us */
+        if (ready[1].revents)
+            return NULL;
+        ssize_t got = read(engine->uffd, messages, sizeof(messages));
+        uint64_t begin = pv_now();
+        for (ssize_t i = 0; i < got / (ssize_t)sizeof(messages[0]); i++)
+            if (messages[i].event == UFFD_EVENT_PAGEFAULT)
+                serve(engine, &messages[i], begin);
+    }
+}
+
+int fault_thread_start(struct pv_engine *engine)
+{
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before); /* inherited: the program's signals are for its other threads */
+    int error = pthread_create(&engine->thread, NULL, answer_faults, engine);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    engine->threaded = error == 0;
+    if (engine->threaded)
+        (void)pthread_setname_np(engine->thread, "pyvmm faults");
+    return -error;
+}
+
+void fault_thread_end(struct pv_engine *engine)
+{
+    if (!engine->threaded)
+        return;
+    (void)!eventfd_write(engine->wake, 1);
+    pthread_join(engine->thread, NULL);
+    engine->threaded = false;
+}
+
+/* ---- where no answer can be given: nobody goes on with a wrong byte; whoever cares is told ---- */
+
+void fail(struct pv_engine *engine, uint64_t page, int error)
+{
+    pthread_mutex_lock(&engine->fail_mutex);
+    engine->failure = (struct pv_failure){page, page_home(engine, page), error, engine->failure.count + 1};
+    pthread_cond_broadcast(&engine->fail_news);
+    pthread_mutex_unlock(&engine->fail_mutex);
+}
+
+int pv_engine_wait_failure(struct pv_engine *engine, struct pv_failure *out)
+{
+    pthread_mutex_lock(&engine->fail_mutex);
+    while (!engine->failures_ended && engine->failures_told == engine->failure.count)
+        pthread_cond_wait(&engine->fail_news, &engine->fail_mutex);
+    int news = engine->failures_told != engine->failure.count && !engine->failures_ended;
+    engine->failures_told = engine->failure.count;
+    *out = engine->failure;
+    pthread_mutex_unlock(&engine->fail_mutex);
+    return news;
+}
+
+void pv_engine_end_failures(struct pv_engine *engine)
+{
+    pthread_mutex_lock(&engine->fail_mutex);
+    engine->failures_ended = true;
+    pthread_cond_broadcast(&engine->fail_news);
+    pthread_mutex_unlock(&engine->fail_mutex);
+}
+
+void pv_engine_retry(struct pv_engine *engine)
+{
+    if (pv_engine_equipped(engine))
+        uffd_wake(engine, engine->ram, engine->size);
+}

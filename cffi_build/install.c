@@ -1,0 +1,267 @@
+/* install.c: how pages come back: fetched from their homes, put together in staging, installed in one step. */
+#define _GNU_SOURCE
+#include "engine_inside.h"
+
+#include <errno.h>
+#include <string.h>
+
+#ifndef UFFDIO_COPY_MODE_WP
+#define UFFDIO_COPY_MODE_WP (1ull << 1)
+#endif
+
+/* ---- staging: a few blocks in which a large page is put together ---- */
+
+int slot_take(struct pv_engine *engine)
+{
+    pthread_mutex_lock(&engine->slot_mutex);
+    while (engine->slots_taken == (1u << SLOTS) - 1)
+        pthread_cond_wait(&engine->slot_free, &engine->slot_mutex);
+    int slot = __builtin_ctz(~engine->slots_taken);
+    engine->slots_taken |= 1u << slot;
+    pthread_mutex_unlock(&engine->slot_mutex);
+    return slot;
+}
+
+uint8_t *slot_at(struct pv_engine *engine, int slot) { return engine->staging + (size_t)slot * PV_BLOCK; }
+
+/* Empty afterwards, its page table too, so that the next large page in it is whole and zeroed by the kernel. */
+void slot_give(struct pv_engine *engine, int slot)
+{
+    (void)madvise(slot_at(engine, slot), PV_BLOCK, MADV_DONTNEED);
+    pthread_mutex_lock(&engine->slot_mutex);
+    engine->slots_taken &= ~(1u << slot);
+    pthread_cond_signal(&engine->slot_free);
+    pthread_mutex_unlock(&engine->slot_mutex);
+}
+
+/* ---- homes ---- */
+
+/* Brings the bytes of pages that share a home. */
+static int fetch(struct pv_engine *engine, uint64_t page, uint32_t count, uint8_t *to)
+{
+    uint32_t home = page_home(engine, page);
+    switch (home) {
+    case PV_HOME_ZERO:
+    case PV_HOME_BALLOON:
+        memset(to, 0, (size_t)count * PV_PAGE);
+        return 0;
+    case PV_HOME_ASIDE:
+        memcpy(to, aside_at(engine, page), (size_t)count * PV_PAGE);
+        return 0;
+    default:
+        if (!engine->homes[home].fetch)
+            return -ENXIO;
+        return engine->homes[home].fetch(engine->homes[home].self, page, count, &engine->page_words[page], to);
+    }
+}
+
+/* The pages are in the guest: their homes need not keep them. */
+static void forget(struct pv_engine *engine, uint64_t page, uint32_t count)
+{
+    struct pv_home *home = &engine->homes[page_home(engine, page)];
+    if (page_home(engine, page) == PV_HOME_ASIDE) {
+        if (!engine->move || !(block_word(engine, page / PV_BLOCK_PAGES) & PV_BLOCK_ASIDE_LARGE)) {
+            if (engine->poison && !engine->move)
+                memset(aside_at(engine, page), 0xa5, (size_t)count * PV_PAGE);
+            (void)madvise(aside_at(engine, page), (size_t)count * PV_PAGE, MADV_DONTNEED);
+        }
+    } else if (home->forget) {
+        home->forget(home->self, page, count, &engine->page_words[page]);
+    }
+}
+
+/* How many pages from `page` on, at most `limit`, share its home. */
+static uint32_t alike(const struct pv_engine *engine, uint64_t page, uint32_t limit)
+{
+    uint32_t count = 1;
+    while (count < limit && page_home(engine, page + count) == page_home(engine, page))
+        count++;
+    return count;
+}
+
+static void now_present(struct pv_engine *engine, uint64_t page, uint32_t count)
+{
+    uint32_t away = 0;
+    for (uint32_t i = 0; i < count;) {
+        uint32_t run = alike(engine, page + i, count - i);
+        if (page_home(engine, page + i) != PV_HOME_PRESENT) {
+            forget(engine, page + i, run);
+            away += run;
+        }
+        for (uint32_t last = i + run; i < last; i++)
+            page_set(engine, page + i, PV_HOME_PRESENT);
+    }
+    block_flags(engine, page / PV_BLOCK_PAGES, 0, PV_BLOCK_ASIDE_LARGE);
+    if (away)
+        span_release(engine, page, away, false);
+}
+
+/* ---- whole blocks ---- */
+
+static bool is_large(struct pv_engine *engine, uint64_t page)
+{
+    struct populated seen;
+    return engine->scans && look_at(engine, ram_at(engine, page), PV_BLOCK_PAGES, &seen) == 0 &&
+           seen.large == PV_BLOCK_PAGES;
+}
+
+/* A 2 MiB page from `from` into an empty block of the guest, large if it can be. */
+static int install_large(struct pv_engine *engine, uint64_t page, uint8_t *from)
+{
+    uint8_t *to = ram_at(engine, page);
+    /* Nothing is there, but a page table may be: the kernel frees it (since 6.14), and the large page stays whole. */
+    (void)madvise(to, PV_BLOCK, MADV_DONTNEED);
+    trace_enter(engine);
+    int error = engine->move ? uffd_move(engine, engine->uffd, to, from, PV_BLOCK)
+                             : uffd_copy(engine, to, from, PV_BLOCK, 0);
+    trace_leave(engine, page, PV_BLOCK_PAGES);
+    if (error)
+        return error;
+    if (engine->move && is_large(engine, page)) {
+        count_up(&engine->stats.kept_large, 1);
+        return PV_ANSWER_BLOCK;
+    }
+    if (madvise(to, PV_BLOCK, MADV_COLLAPSE) == 0) {
+        count_up(&engine->stats.collapsed, 1);
+        return PV_ANSWER_COLLAPSED;
+    }
+    count_up(&engine->stats.stayed_small, 1); /* no free large page: the guest runs on with small ones */
+    return PV_ANSWER_PAGES;
+}
+
+static bool reads_zero(uint32_t home) { return home == PV_HOME_ZERO || home == PV_HOME_BALLOON; }
+
+/* A fresh slot reads as zeros: the kernel makes them once, we not again. */
+void make_zeros(uint8_t *slot)
+{
+    if (madvise(slot, PV_BLOCK, MADV_POPULATE_WRITE))
+        memset(slot, 0, PV_BLOCK); /* a kernel before 5.14 */
+}
+
+static int fill(struct pv_engine *engine, uint64_t page, uint8_t *slot)
+{
+    make_zeros(slot);
+    if (engine->poison)
+        memset(slot, 0xa5, PV_BLOCK);
+    for (uint32_t i = 0; i < PV_BLOCK_PAGES;) {
+        uint32_t run = alike(engine, page + i, PV_BLOCK_PAGES - i);
+        bool done = !engine->poison && reads_zero(page_home(engine, page + i));
+        int error = done ? 0 : fetch(engine, page + i, run, slot + (size_t)i * PV_PAGE);
+        if (error)
+            return error;
+        i += run;
+    }
+    return 0;
+}
+
+/* After an installation that stopped halfway: what is populated is present. The block's lock and the armed span see to
+ * it that nobody else can have populated anything. */
+static void settle(struct pv_engine *engine, uint64_t page, uint32_t count)
+{
+    struct populated seen;
+    if (look_at(engine, ram_at(engine, page), count, &seen))
+        return;
+    for (uint32_t i = 0; i < count; i++)
+        if (is_populated(&seen, i) && page_home(engine, page + i) != PV_HOME_PRESENT)
+            now_present(engine, page + i, 1);
+}
+
+static int bring_block(struct pv_engine *engine, uint64_t page)
+{
+    int answer;
+    if (block_word(engine, page / PV_BLOCK_PAGES) & PV_BLOCK_ASIDE_LARGE) {
+        answer = install_large(engine, page, aside_at(engine, page));
+    } else {
+        int slot = slot_take(engine);
+        answer = fill(engine, page, slot_at(engine, slot));
+        if (!answer)
+            answer = install_large(engine, page, slot_at(engine, slot));
+        slot_give(engine, slot);
+    }
+    if (answer >= 0)
+        now_present(engine, page, PV_BLOCK_PAGES);
+    else
+        settle(engine, page, PV_BLOCK_PAGES);
+    return answer;
+}
+
+/* ---- small pages ---- */
+
+#define BATCH 16 /* pages fetched together: 64 KiB on the stack */
+
+static int bring_run(struct pv_engine *engine, uint64_t page, uint32_t count)
+{
+    uint32_t home = page_home(engine, page);
+    bool small = block_word(engine, page / PV_BLOCK_PAGES) & PV_BLOCK_SMALL;
+    uint8_t buffer[BATCH * PV_PAGE], *to = ram_at(engine, page);
+    int error = 0;
+    if (home == PV_HOME_ASIDE && engine->move) {
+        error = uffd_move(engine, engine->uffd, to, aside_at(engine, page), (uint64_t)count * PV_PAGE);
+    } else if (reads_zero(home) && small) {
+        error = uffd_zero(engine, to, (uint64_t)count * PV_PAGE);
+    } else {
+        /* Zeros are stored in blocks that are to be large: a shared zero page in it would keep them apart (T1). */
+        error = fetch(engine, page, count, buffer);
+        error = error ? error : uffd_copy(engine, to, buffer, (uint64_t)count * PV_PAGE, 0);
+    }
+    return error;
+}
+
+static int bring_small(struct pv_engine *engine, uint64_t page, uint32_t count)
+{
+    for (uint32_t i = 0; i < count;) {
+        uint32_t limit = count - i < BATCH ? count - i : BATCH, run = alike(engine, page + i, limit);
+        if (page_home(engine, page + i) != PV_HOME_PRESENT) {
+            trace_enter(engine);
+            int error = bring_run(engine, page + i, run);
+            trace_leave(engine, page + i, run);
+            if (error) {
+                settle(engine, page + i, run);
+                return error;
+            }
+            now_present(engine, page + i, run);
+        }
+        i += run;
+    }
+    return PV_ANSWER_PAGES;
+}
+
+int bring(struct pv_engine *engine, uint64_t page, uint32_t count)
+{
+    uint64_t block = page / PV_BLOCK_PAGES;
+    if (block_away(engine, block) == PV_BLOCK_PAGES && !(block_word(engine, block) & PV_BLOCK_SMALL))
+        return bring_block(engine, block * PV_BLOCK_PAGES);
+    return bring_small(engine, page, count);
+}
+
+int bring_untouched(struct pv_engine *engine, uint64_t page, bool written)
+{
+    uint64_t block = page / PV_BLOCK_PAGES;
+    struct populated seen;
+    int error = look_at(engine, ram_at(engine, block * PV_BLOCK_PAGES), pages_of_block(engine, block), &seen);
+    if (error)
+        return error;
+    if (is_populated(&seen, page % PV_BLOCK_PAGES)) {
+        uffd_wake(engine, ram_at(engine, page), PV_PAGE);
+        return PV_ANSWER_MERGED;
+    }
+    bool small = block_word(engine, block) & PV_BLOCK_SMALL;
+    if (!small && seen.count == 0 && !block_away(engine, block) && pages_of_block(engine, block) == PV_BLOCK_PAGES) {
+        int slot = slot_take(engine);
+        make_zeros(slot_at(engine, slot));
+        int answer = install_large(engine, block * PV_BLOCK_PAGES, slot_at(engine, slot));
+        slot_give(engine, slot);
+        return answer;
+    }
+    trace_enter(engine);
+    if (small && !written)
+        error = uffd_zero(engine, ram_at(engine, page), PV_PAGE);
+    else
+        error = uffd_copy(engine, ram_at(engine, page), engine->zero, PV_PAGE, 0);
+    trace_leave(engine, page, 1);
+    if (error == -EEXIST || error == -ENOENT) { /* raced: it is there, or faults are no longer reported here */
+        uffd_wake(engine, ram_at(engine, page), PV_PAGE);
+        return PV_ANSWER_MERGED;
+    }
+    return error ? error : PV_ANSWER_PAGES;
+}

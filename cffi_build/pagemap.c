@@ -1,0 +1,207 @@
+/* pagemap.c: the words of pages and blocks, the locks of blocks, and a look at what the kernel has mapped. */
+#define _GNU_SOURCE
+#include "engine_inside.h"
+
+#include <errno.h>
+#include <limits.h>
+#include <linux/futex.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+/* ---- a block's lock: the low half of its word is a futex, as in "Futexes Are Tricky" (U. Drepper), all woken ---- */
+
+static uint32_t *low_half(const struct pv_engine *engine, uint64_t block)
+{
+    return (uint32_t *)&engine->block_words[block]; /* little-endian, as all of x86 */
+}
+
+void block_lock(struct pv_engine *engine, uint64_t block)
+{
+    uint32_t *word = low_half(engine, block), seen = __atomic_load_n(word, __ATOMIC_RELAXED);
+    for (;;) {
+        if (!(seen & PV_BLOCK_LOCKED)) {
+            /* acquire: pairs with the release in block_unlock */
+            if (__atomic_compare_exchange_n(word, &seen, seen | PV_BLOCK_LOCKED, true, __ATOMIC_ACQUIRE,
+                                            __ATOMIC_RELAXED))
+                return;
+            continue;
+        }
+        if (!(seen & PV_BLOCK_WAITED)) {
+            if (!__atomic_compare_exchange_n(word, &seen, seen | PV_BLOCK_WAITED, true, __ATOMIC_RELAXED,
+                                             __ATOMIC_RELAXED))
+                continue;
+            seen |= PV_BLOCK_WAITED;
+        }
+        syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0);
+        seen = __atomic_load_n(word, __ATOMIC_RELAXED);
+    }
+}
+
+void block_unlock(struct pv_engine *engine, uint64_t block)
+{
+    uint32_t *word = low_half(engine, block);
+    /* release: pairs with the acquire in block_lock */
+    uint32_t before = __atomic_fetch_and(word, ~(PV_BLOCK_LOCKED | PV_BLOCK_WAITED), __ATOMIC_RELEASE);
+    if (before & PV_BLOCK_WAITED)
+        syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
+}
+
+/* ---- words: changed by the lock's holder, but atomically, since waiters set their bit in the same word ---- */
+
+uint64_t block_word(const struct pv_engine *engine, uint64_t block)
+{
+    return __atomic_load_n(&engine->block_words[block], __ATOMIC_RELAXED);
+}
+
+void block_flags(struct pv_engine *engine, uint64_t block, uint32_t set, uint32_t clear)
+{
+    __atomic_fetch_or(&engine->block_words[block], set, __ATOMIC_RELAXED);
+    __atomic_fetch_and(&engine->block_words[block], ~(uint64_t)clear, __ATOMIC_RELAXED);
+}
+
+uint32_t block_away(const struct pv_engine *engine, uint64_t block)
+{
+    return block_word(engine, block) >> PV_BLOCK_AWAY_SHIFT & 0x3ff;
+}
+
+uint32_t block_pins(const struct pv_engine *engine, uint64_t block)
+{
+    return (uint32_t)(block_word(engine, block) >> PV_BLOCK_PINS_SHIFT);
+}
+
+void block_pin(struct pv_engine *engine, uint64_t block, int by)
+{
+    __atomic_fetch_add(&engine->block_words[block], (uint64_t)(int64_t)by << PV_BLOCK_PINS_SHIFT, __ATOMIC_RELAXED);
+}
+
+uint32_t page_home(const struct pv_engine *engine, uint64_t page)
+{
+    return __atomic_load_n(&engine->page_words[page], __ATOMIC_RELAXED) & PV_PAGE_HOME;
+}
+
+void page_set(struct pv_engine *engine, uint64_t page, uint64_t word)
+{
+    uint32_t before = page_home(engine, page), after = word & PV_PAGE_HOME;
+    __atomic_store_n(&engine->page_words[page], word, __ATOMIC_RELAXED);
+    if (before == after)
+        return;
+    int64_t away = (after != PV_HOME_PRESENT) - (before != PV_HOME_PRESENT);
+    if (before != PV_HOME_PRESENT)
+        atomic_fetch_sub_explicit(&engine->home_counts[before], 1, memory_order_relaxed);
+    if (after != PV_HOME_PRESENT)
+        atomic_fetch_add_explicit(&engine->home_counts[after], 1, memory_order_relaxed);
+    if (away)
+        __atomic_fetch_add(&engine->block_words[page / PV_BLOCK_PAGES], (uint64_t)away << PV_BLOCK_AWAY_SHIFT,
+                           __ATOMIC_RELAXED);
+}
+
+/* ---- what the kernel has mapped (Documentation/admin-guide/mm/pagemap.rst) ---- */
+
+#define POPULATED (PAGE_IS_PRESENT | PAGE_IS_SWAPPED)
+#define REGIONS 256
+#define ENTRY_PRESENT (1ull << 63)
+#define ENTRY_SWAPPED (1ull << 62)
+
+/* Calls `see` for each populated run. Without PAGEMAP_SCAN (kernels before 6.7) large mappings look small. */
+static int walk(struct pv_engine *engine, const uint8_t *base, uint64_t pages,
+                void (*see)(void *into, uint64_t page, uint64_t count, bool large), void *into)
+{
+    uint64_t start = (uintptr_t)base, end = start + pages * PV_PAGE;
+    if (engine->scans) {
+        struct page_region found[REGIONS];
+        for (uint64_t at = start; at < end;) {
+            struct pm_scan_arg scan = {.size = sizeof(scan), .start = at, .end = end, .vec = (uintptr_t)found,
+                                       .vec_len = REGIONS, .category_anyof_mask = POPULATED,
+                                       .return_mask = POPULATED | PAGE_IS_HUGE};
+            int count = ioctl(engine->pagemap, PAGEMAP_SCAN, &scan);
+            if (count < 0)
+                return -errno;
+            for (int i = 0; i < count; i++)
+                see(into, (found[i].start - start) / PV_PAGE, (found[i].end - found[i].start) / PV_PAGE,
+                    found[i].categories & PAGE_IS_HUGE);
+            at = scan.walk_end;
+        }
+        return 0;
+    }
+    uint64_t entries[PV_BLOCK_PAGES];
+    for (uint64_t page = 0; page < pages; page += PV_BLOCK_PAGES) {
+        uint64_t count = pages - page < PV_BLOCK_PAGES ? pages - page : PV_BLOCK_PAGES;
+        ssize_t size = (ssize_t)(count * sizeof(entries[0]));
+        ssize_t got = pread(engine->pagemap, entries, (size_t)size, (off_t)(start / PV_PAGE + page) * 8);
+        if (got != size)
+            return got < 0 ? -errno : -EIO;
+        for (uint64_t i = 0; i < count; i++)
+            if (entries[i] & (ENTRY_PRESENT | ENTRY_SWAPPED))
+                see(into, page + i, 1, false);
+    }
+    return 0;
+}
+
+static void note_bits(void *into, uint64_t page, uint64_t count, bool large)
+{
+    struct populated *out = into;
+    out->count += (uint32_t)count;
+    if (large)
+        out->large += (uint32_t)count;
+    for (uint64_t i = page; i < page + count; i++)
+        out->bits[i / 64] |= 1ull << i % 64;
+}
+
+int look_at(struct pv_engine *engine, const uint8_t *address, uint32_t pages, struct populated *out)
+{
+    memset(out, 0, sizeof(*out));
+    return walk(engine, address, pages, note_bits, out);
+}
+
+struct looks {
+    uint64_t *large, *small;
+    uint8_t *looks;
+};
+
+static void note_looks(void *into, uint64_t page, uint64_t count, bool large)
+{
+    struct looks *out = into;
+    *(large ? out->large : out->small) += count;
+    for (uint64_t i = page; out->looks && i < page + count;) {
+        uint64_t block = i / PV_BLOCK_PAGES, next = (block + 1) * PV_BLOCK_PAGES;
+        out->looks[block] = large ? PV_LOOK_LARGE : PV_LOOK_SMALL;
+        i = next;
+    }
+}
+
+int pv_engine_look(struct pv_engine *engine, uint64_t *large, uint64_t *small, uint8_t *looks)
+{
+    struct looks out = {.large = large, .small = small, .looks = looks};
+    *large = *small = 0;
+    if (looks)
+        memset(looks, PV_LOOK_UNTOUCHED, engine->blocks);
+    int error = walk(engine, engine->ram, engine->pages, note_looks, &out);
+    for (uint64_t block = 0; looks && !error && block < engine->blocks; block++) {
+        if (2 * block_away(engine, block) < pages_of_block(engine, block))
+            continue;
+        uint32_t homes[PV_HOMES] = {0}, most = PV_HOME_ZERO;
+        for (uint32_t i = 0; i < pages_of_block(engine, block); i++)
+            homes[page_home(engine, block * PV_BLOCK_PAGES + i) % PV_HOMES]++;
+        for (uint32_t home = PV_HOME_ZERO; home < PV_HOMES; home++)
+            most = homes[home] > homes[most] ? home : most;
+        looks[block] = (uint8_t)(PV_LOOK_AWAY + most);
+    }
+    return error;
+}
+
+void pv_engine_count(struct pv_engine *engine, uint64_t *by_home, int *armed)
+{
+    uint64_t away = 0;
+    for (int home = PV_HOME_ZERO; home < PV_HOMES; home++) {
+        by_home[home] = atomic_load_explicit(&engine->home_counts[home], memory_order_relaxed);
+        away += by_home[home];
+    }
+    by_home[PV_HOME_PRESENT] = engine->pages - away;
+    *armed = 0;
+    pthread_mutex_lock(&engine->span_mutex);
+    for (uint64_t span = 0; span < (engine->size + (1ull << SPAN_SHIFT) - 1) >> SPAN_SHIFT; span++)
+        *armed |= engine->spans[span].modes != 0;
+    pthread_mutex_unlock(&engine->span_mutex);
+}

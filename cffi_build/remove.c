@@ -1,0 +1,276 @@
+/* remove.c: how pages go away: out of the guest in one step while its vCPUs run, then to their home. */
+#define _GNU_SOURCE
+#include "engine_inside.h"
+
+#include <errno.h>
+#include <string.h>
+
+void count_op(struct pv_engine *engine, int op, uint64_t since, int result)
+{
+    struct pv_op_count *own = &engine->stats.ops[op];
+    uint64_t spent = pv_now() - since;
+    count_up(result < 0 ? &own->failed : &own->done, 1);
+    count_up(&own->nanoseconds, spent);
+    note_longest(&own->longest, spent);
+}
+
+static bool is_zero(const uint8_t *page)
+{
+    const uint64_t *words = (const uint64_t *)page;
+    for (uint32_t i = 0; i < PV_PAGE / 8; i += 8)
+        if (words[i] | words[i + 1] | words[i + 2] | words[i + 3] | words[i + 4] | words[i + 5] | words[i + 6] |
+            words[i + 7])
+            return false;
+    return true;
+}
+
+/* ---- out of the guest, into the aside area ---- */
+
+/* The bytes of what is populated, to where they lie in the aside area. */
+static void copy_populated(struct pv_engine *engine, uint64_t page, const struct populated *seen, uint8_t *to)
+{
+    for (uint32_t i = 0; i < PV_BLOCK_PAGES; i++)
+        if (is_populated(seen, i))
+            memcpy(to + (size_t)i * PV_PAGE, ram_at(engine, page + i), PV_PAGE);
+}
+
+/* A registered aside area takes pages only by UFFDIO_MOVE; a block is put together in staging and goes there whole. */
+static int copy_aside(struct pv_engine *engine, uint64_t page, const struct populated *seen)
+{
+    if (!engine->move) {
+        copy_populated(engine, page, seen, aside_at(engine, page));
+        return 0;
+    }
+    int slot = slot_take(engine);
+    make_zeros(slot_at(engine, slot));
+    copy_populated(engine, page, seen, slot_at(engine, slot));
+    int error = uffd_move(engine, engine->aside_uffd, aside_at(engine, page), slot_at(engine, slot), PV_BLOCK);
+    slot_give(engine, slot);
+    return error;
+}
+
+/* Protected, so that writers wait; copied; dropped. Readers see the pages until they are dropped. */
+static int copy_out(struct pv_engine *engine, uint64_t page, uint32_t count)
+{
+    uint8_t *from = ram_at(engine, page);
+    int error = uffd_protect(engine, from, (uint64_t)count * PV_PAGE, true);
+    struct populated seen; /* looked at once nobody can add to it */
+    error = error ? error : look_at(engine, from, count, &seen);
+    error = error ? error : copy_aside(engine, page, &seen);
+    if (!error && madvise(from, (size_t)count * PV_PAGE, MADV_DONTNEED))
+        error = -errno;
+    if (error) {
+        trace_enter(engine);
+        (void)!uffd_protect(engine, from, (uint64_t)count * PV_PAGE, false);
+        trace_leave(engine, page, count);
+    }
+    return error;
+}
+
+int take_out(struct pv_engine *engine, uint64_t page, uint32_t count, bool copy)
+{
+    uint64_t block = page / PV_BLOCK_PAGES;
+    bool whole = count == PV_BLOCK_PAGES && block_away(engine, block) == 0;
+    if (whole) /* a page table left there would split a large page */
+        (void)madvise(aside_at(engine, page), PV_BLOCK, MADV_DONTNEED);
+    int error = copy ? copy_out(engine, page, count)
+                     : uffd_move(engine, engine->aside_uffd, aside_at(engine, page), ram_at(engine, page),
+                                 (uint64_t)count * PV_PAGE);
+    struct populated left, aside;
+    int blind = look_at(engine, ram_at(engine, page), count, &left);
+    blind = blind ? blind : look_at(engine, aside_at(engine, page), count, &aside);
+    if (blind)
+        return blind;
+    uint32_t gone = 0;
+    for (uint32_t i = 0; i < count; i++) {
+        if (is_populated(&left, i) || page_home(engine, page + i) != PV_HOME_PRESENT)
+            continue;
+        page_set(engine, page + i, is_populated(&aside, i) ? PV_HOME_ASIDE : PV_HOME_ZERO);
+        gone++;
+    }
+    if (whole && aside.count == PV_BLOCK_PAGES && (aside.large == PV_BLOCK_PAGES || !engine->move))
+        block_flags(engine, block, PV_BLOCK_ASIDE_LARGE, 0);
+    if (!whole && !copy && gone) /* to move a small page out of a large one breaks that */
+        block_flags(engine, block, PV_BLOCK_BROKEN, 0);
+    span_add(engine, page, gone);
+    return gone ? (int)gone : error;
+}
+
+/* Of the pages aside: those that are zeros to ZERO, the others back; a large page as a whole or not at all. */
+static int keep_zeros(struct pv_engine *engine, uint64_t page, uint32_t count)
+{
+    bool large = block_word(engine, page / PV_BLOCK_PAGES) & PV_BLOCK_ASIDE_LARGE;
+    uint32_t zeros = 0, aside = 0;
+    bool zero[PV_BLOCK_PAGES];
+    for (uint32_t i = 0; i < count; i++) {
+        zero[i] = page_home(engine, page + i) == PV_HOME_ASIDE && is_zero(aside_at(engine, page + i));
+        aside += page_home(engine, page + i) == PV_HOME_ASIDE;
+        zeros += zero[i];
+    }
+    if (large && zeros < aside) {
+        int answer = bring(engine, page, count);
+        return answer < 0 ? answer : 0;
+    }
+    if (large) {
+        (void)madvise(aside_at(engine, page), PV_BLOCK, MADV_DONTNEED);
+        block_flags(engine, page / PV_BLOCK_PAGES, 0, PV_BLOCK_ASIDE_LARGE);
+    }
+    for (uint32_t i = 0; i < count; i++) {
+        if (zero[i]) {
+            if (!large)
+                (void)madvise(aside_at(engine, page + i), PV_PAGE, MADV_DONTNEED);
+            page_set(engine, page + i, PV_HOME_ZERO);
+        } else if (page_home(engine, page + i) == PV_HOME_ASIDE) {
+            int answer = bring(engine, page + i, 1);
+            if (answer < 0)
+                return answer;
+        }
+    }
+    return (int)zeros;
+}
+
+static int remove_locked(struct pv_engine *engine, uint64_t page, uint32_t count, int what)
+{
+    if (block_pins(engine, page / PV_BLOCK_PAGES))
+        return -EBUSY;
+    uint32_t away = block_away(engine, page / PV_BLOCK_PAGES);
+    int gone = take_out(engine, page, count, !engine->move);
+    if (gone <= 0 || what == PV_REMOVE_ASIDE)
+        return gone;
+    int error = keep_zeros(engine, page, count);
+    return error < 0 ? error : (int)(block_away(engine, page / PV_BLOCK_PAGES) - away);
+}
+
+static bool in_block(const struct pv_engine *engine, uint64_t page, uint64_t count)
+{
+    return count && page < engine->pages && count <= engine->pages - page &&
+           page / PV_BLOCK_PAGES == (page + count - 1) / PV_BLOCK_PAGES;
+}
+
+int pv_engine_remove(struct pv_engine *engine, uint64_t page, uint32_t count, int what)
+{
+    if (!in_block(engine, page, count))
+        return -EINVAL;
+    uint64_t begin = pv_now();
+    int result = span_hold(engine, page, !engine->move);
+    if (!result) {
+        block_lock(engine, page / PV_BLOCK_PAGES);
+        result = remove_locked(engine, page, count, what);
+        block_unlock(engine, page / PV_BLOCK_PAGES);
+        span_release(engine, page, 1, !engine->move);
+    }
+    count_op(engine, PV_OP_REMOVE, begin, result);
+    return result;
+}
+
+int pv_engine_store(struct pv_engine *engine, uint64_t page, uint32_t count, uint32_t home)
+{
+    if (!in_block(engine, page, count) || home >= PV_HOMES || !engine->homes[home].store)
+        return -EINVAL;
+    uint64_t begin = pv_now(), locators[PV_BLOCK_PAGES];
+    struct pv_home *to = &engine->homes[home];
+    int stored = 0;
+    block_lock(engine, page / PV_BLOCK_PAGES);
+    for (uint32_t i = 0; i < count && stored >= 0;) {
+        uint32_t run = 0;
+        while (i + run < count && page_home(engine, page + i + run) == PV_HOME_ASIDE)
+            run++;
+        if (run == 0) {
+            i++;
+            continue;
+        }
+        int error = to->store(to->self, page + i, run, aside_at(engine, page + i), locators);
+        if (error) {
+            stored = error; /* what went before is in its new home, the rest is still aside */
+            break;
+        }
+        block_flags(engine, page / PV_BLOCK_PAGES, 0, PV_BLOCK_ASIDE_LARGE);
+        (void)madvise(aside_at(engine, page + i), (size_t)run * PV_PAGE, MADV_DONTNEED);
+        for (uint32_t j = 0; j < run; j++)
+            page_set(engine, page + i + j, locators[j] << PV_PAGE_LOCATOR_SHIFT | home);
+        stored += (int)run;
+        i += run;
+    }
+    block_unlock(engine, page / PV_BLOCK_PAGES);
+    count_op(engine, PV_OP_STORE, begin, stored);
+    return stored;
+}
+
+int pv_engine_assign(struct pv_engine *engine, uint64_t page, uint64_t count, uint32_t home, uint64_t locator)
+{
+    if (page > engine->pages || count > engine->pages - page || home == PV_HOME_PRESENT || home == PV_HOME_ASIDE ||
+        home >= PV_HOMES)
+        return -EINVAL;
+    for (uint64_t end = page + count; page < end;) {
+        uint64_t block = page / PV_BLOCK_PAGES, next = (block + 1) * PV_BLOCK_PAGES;
+        uint32_t part = (uint32_t)((next < end ? next : end) - page);
+        struct populated seen;
+        int error = span_hold(engine, page, false);
+        if (error)
+            return error;
+        block_lock(engine, block);
+        error = look_at(engine, ram_at(engine, page), part, &seen);
+        error = error ? error : seen.count || block_away(engine, block) + part > PV_BLOCK_PAGES ? -EEXIST : 0;
+        for (uint32_t i = 0; !error && i < part; i++)
+            error = page_home(engine, page + i) == PV_HOME_PRESENT ? 0 : -EEXIST;
+        for (uint32_t i = 0; !error && i < part; i++)
+            page_set(engine, page + i, (locator + i) << PV_PAGE_LOCATOR_SHIFT | home);
+        if (!error)
+            span_add(engine, page, part);
+        block_unlock(engine, block);
+        span_release(engine, page, 1, false);
+        if (error)
+            return error;
+        page += part;
+        locator += part;
+    }
+    return 0;
+}
+
+/* ---- back in, by whoever asks ---- */
+
+static int install_range(struct pv_engine *engine, uint64_t page, uint64_t count, bool pin)
+{
+    if (page > engine->pages || count > engine->pages - page)
+        return -EINVAL;
+    uint64_t first = page;
+    for (uint64_t end = page + count; page < end;) {
+        uint64_t block = page / PV_BLOCK_PAGES, next = (block + 1) * PV_BLOCK_PAGES;
+        uint32_t part = (uint32_t)((next < end ? next : end) - page);
+        int answer = 0;
+        block_lock(engine, block);
+        if (block_away(engine, block))
+            answer = bring(engine, page, part);
+        if (answer >= 0 && pin)
+            block_pin(engine, block, 1);
+        block_unlock(engine, block);
+        if (answer < 0) {
+            if (pin)
+                pv_engine_unpin(engine, first, block * PV_BLOCK_PAGES > first ? block * PV_BLOCK_PAGES - first : 0);
+            return answer;
+        }
+        page += part;
+    }
+    return 0;
+}
+
+int pv_engine_install(struct pv_engine *engine, uint64_t page, uint64_t count)
+{
+    uint64_t begin = pv_now();
+    int error = install_range(engine, page, count, false);
+    count_op(engine, PV_OP_INSTALL, begin, error);
+    return error;
+}
+
+int pv_engine_pin(struct pv_engine *engine, uint64_t page, uint64_t count)
+{
+    return install_range(engine, page, count, true);
+}
+
+void pv_engine_unpin(struct pv_engine *engine, uint64_t page, uint64_t count)
+{
+    if (!count)
+        return;
+    for (uint64_t block = page / PV_BLOCK_PAGES; block <= (page + count - 1) / PV_BLOCK_PAGES; block++)
+        block_pin(engine, block, -1);
+}
