@@ -46,15 +46,30 @@ static int copy_out(struct pv_engine *engine, uint64_t page, uint32_t count)
     return error;
 }
 
+/* By runs of what is present: the kernel refuses a range some of whose pages are aside already. */
+static int move_out(struct pv_engine *engine, uint64_t page, uint32_t count)
+{
+    int error = 0;
+    for (uint32_t i = 0; i < count;) {
+        uint32_t run = 0;
+        while (i + run < count && page_home(engine, page + i + run) == PV_HOME_PRESENT)
+            run++;
+        int failed = run ? uffd_move(engine, engine->aside_uffd, aside_at(engine, page + i), ram_at(engine, page + i),
+                                     (uint64_t)run * PV_PAGE)
+                         : 0;
+        error = error ? error : failed;
+        i += run ? run : 1;
+    }
+    return error;
+}
+
 int take_out(struct pv_engine *engine, uint64_t page, uint32_t count)
 {
     uint64_t block = page / PV_BLOCK_PAGES;
     bool whole = count == PV_BLOCK_PAGES && block_away(engine, block) == 0;
     if (whole) /* a page table left there would split a large page */
         (void)madvise(aside_at(engine, page), PV_BLOCK, MADV_DONTNEED);
-    int error = engine->move ? uffd_move(engine, engine->aside_uffd, aside_at(engine, page), ram_at(engine, page),
-                                         (uint64_t)count * PV_PAGE)
-                             : copy_out(engine, page, count);
+    int error = engine->move ? move_out(engine, page, count) : copy_out(engine, page, count);
     struct populated left, aside;
     int blind = look_at(engine, ram_at(engine, page), count, &left);
     blind = blind ? blind : look_at(engine, aside_at(engine, page), count, &aside);
