@@ -94,27 +94,29 @@ static int complete(struct pv_engine *engine, uint64_t page)
     return error;
 }
 
-static int unprotect(struct pv_engine *engine, uint64_t page)
+/* A trace's protection is lifted for it, and what that hid from the trace is marked. */
+static void unprotect(struct pv_engine *engine, uint64_t page)
 {
-    int error = 0;
     trace_enter(engine);
-    if (engine->trace.on) {
-        error = uffd_protect(engine, ram_at(engine, page), PV_BLOCK, false);
-        trace_leave(engine, page, PV_BLOCK_PAGES);
-    } else {
-        trace_leave(engine, page, 0);
-    }
-    return error;
+    bool lifted = engine->trace.on && uffd_protect(engine, ram_at(engine, page), PV_BLOCK, false) == 0;
+    trace_leave(engine, page, lifted ? PV_BLOCK_PAGES : 0);
 }
 
+#define TRIES 16
+
+/* EAGAIN: a page is in use for the moment. EINVAL, among others: a trace has just protected the block anew. */
 static int collapse(struct pv_engine *engine, uint64_t page)
 {
     struct populated seen;
-    (void)madvise(ram_at(engine, page), PV_BLOCK, MADV_POPULATE_WRITE); /* nothing is missing: waits for nobody */
-    for (int tries = 0; madvise(ram_at(engine, page), PV_BLOCK, MADV_COLLAPSE); tries++)
-        if (errno != EAGAIN || tries == 8) /* EAGAIN: a page is in use for the moment */
-            return -errno;
-    int error = look_at(engine, ram_at(engine, page), PV_BLOCK_PAGES, &seen);
+    int error = -EAGAIN;
+    for (int tries = 0; error && tries < TRIES; tries++) {
+        unprotect(engine, page);
+        (void)madvise(ram_at(engine, page), PV_BLOCK, MADV_POPULATE_WRITE); /* nothing is missing: waits for nobody */
+        error = madvise(ram_at(engine, page), PV_BLOCK, MADV_COLLAPSE) ? -errno : 0;
+        if (error && error != -EAGAIN && !(error == -EINVAL && engine->trace.on))
+            return error;
+    }
+    error = error ? error : look_at(engine, ram_at(engine, page), PV_BLOCK_PAGES, &seen);
     return error ? error : !engine->scans || seen.large == PV_BLOCK_PAGES ? 0 : -EAGAIN;
 }
 
@@ -125,8 +127,7 @@ static int make_large(struct pv_engine *engine, uint64_t page)
     error = error ? error : look_at(engine, ram_at(engine, page), PV_BLOCK_PAGES, &seen);
     if (error || seen.count == 0 || seen.large == PV_BLOCK_PAGES)
         return error;
-    error = unprotect(engine, page);
-    return error ? error : collapse(engine, page);
+    return collapse(engine, page);
 }
 
 static int merge_locked(struct pv_engine *engine, uint64_t block)
