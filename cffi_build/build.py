@@ -14,7 +14,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-SOURCES = ("run.c", "map.c", "sys.c")
+SOURCES = ("run.c", "map.c", "sys.c", "bits.c", "ring.c")
 FLAGS = ("-std=gnu11", "-O2", "-g", "-fvisibility=hidden")
 STRICT = ("-Wall", "-Wextra", "-Werror", "-Wshadow", "-Wstrict-prototypes", "-Wvla", "-Wundef")
 
