@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+from itertools import count
 
 from pyvmm._native import ffi, lib
 from pyvmm.errors import BadInput, HostError, MemoryAccessError, check
@@ -11,6 +12,7 @@ from pyvmm.layout import BLOCK_SIZE, MIN_MEMORY, PAGE_SIZE, Gpa, Hva, format_siz
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Literal, TypeAlias
 
     from pyvmm._native import CData
@@ -29,6 +31,7 @@ class GuestMemory:
     everywhere, "4k" for small pages only; "auto" is "2m" where the host has them, but small in the first 2 MiB, where
     boot structures and page tables would keep KVM from mapping a large page anyway.
     `hugetlb` takes reserved 2 MiB pages of hugetlbfs instead. `untouched`: nothing has been written or viewed yet.
+    `on_write`: is told of each write of ours, after it, as (first page, pages) of the mapping; None: no trace runs.
     """
 
     def __init__(self, size: int, pages: Pages = "auto", hugetlb: bool = False, address_bits: int = 48) -> None:
@@ -46,6 +49,9 @@ class GuestMemory:
         # The cdata object owns the mapping: it goes when the last view of it has gone, never before.
         self._base: CData | None = _map(size, pages, hugetlb)
         self.untouched = True
+        self.on_write: Callable[[int, int], None] | None = None
+        self._views: dict[int, tuple[object, int, int]] = {}  # weak reference, first page, pages: of those held
+        self._view_numbers = count()
         if pages == "auto" and not hugetlb:
             check(lib.pv_madvise(self._base, min(size, BLOCK_SIZE), lib.MADV_NOHUGEPAGE), "madvise")
 
@@ -91,17 +97,44 @@ class GuestMemory:
         mapping, offset = self._mapping(), self._offset(gpa, size)
         self.untouched = False
         lib.pv_copy(mapping + offset, source, size)
+        self._wrote(*_page_range(offset, size))
 
     def zero(self, gpa: Gpa, size: int) -> None:
         """Writes zeros. Raises MemoryAccessError unless the whole range is RAM."""
         mapping, offset = self._mapping(), self._offset(gpa, size)
         lib.pv_zero(mapping + offset, size)
+        self._wrote(*_page_range(offset, size))
 
     def view(self, gpa: Gpa, size: int) -> memoryview:
-        """A writable view of guest memory, without a copy; it stays valid, and the memory mapped, while it is held."""
+        """A writable view of guest memory, without a copy; it stays valid, and the memory mapped, while it is held.
+
+        For a write trace, all of it counts as written for as long as it, or a slice of it, is held.
+        """
         mapping, offset = self._mapping(), self._offset(gpa, size)
         self.untouched = False
-        return memoryview(ffi.buffer(mapping, self.size))[offset : offset + size]
+        buffer = ffi.buffer(mapping, self.size)
+        self._watch(buffer, *_page_range(offset, size))
+        return memoryview(buffer)[offset : offset + size]
+
+    def written_views(self) -> list[tuple[int, int]]:
+        """(first page, pages) in the mapping of each view that is held: who holds one may be writing there."""
+        return [(first, pages) for _, first, pages in list(self._views.values())]
+
+    def _watch(self, buffer: memoryview, first: int, pages: int) -> None:
+        from weakref import ref
+
+        number = next(self._view_numbers)
+
+        def gone(_: object) -> None:
+            self._wrote(first, pages)  # before it is forgotten: a collection meanwhile sees one or the other
+            del self._views[number]
+
+        self._views[number] = (ref(buffer, gone), first, pages)
+
+    def _wrote(self, first: int, pages: int) -> None:
+        # Looked up after the write: a trace that was started meanwhile must hear of it.
+        if (hook := self.on_write) is not None:
+            hook(first, pages)
 
     def __getitem__(self, where: slice) -> bytes:
         gpa, size = self._range(where)
@@ -118,6 +151,12 @@ class GuestMemory:
             raise BadInput("guest memory takes slices with both ends and no step: memory[gpa : gpa + size]")
         start, stop = Gpa(where.start.__index__()), Gpa(where.stop.__index__())
         return start, stop - start
+
+
+def _page_range(offset: int, size: int) -> tuple[int, int]:
+    """(first page, pages) that `size` bytes at `offset` lie in."""
+    first = offset // PAGE_SIZE
+    return first, (offset + size - 1) // PAGE_SIZE - first + 1 if size else 0
 
 
 def _check_size(size: int, hugetlb: bool, address_bits: int) -> None:
