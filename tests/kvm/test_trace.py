@@ -385,7 +385,7 @@ def test_one_tracker_after_the_other(vm):
 
 
 @needs("initially_set")
-@pytest.mark.parametrize("chunk", ["256K", "1M", "1G"])
+@pytest.mark.parametrize("chunk", ["256K", "1M", 64 * MIB, "1G"])
 def test_chunks_of_any_size(vm, chunk):
     machine = make(vm, TRACKERS["manual"], "touch", "", memory=33 * MIB + PAGE_SIZE)
     machine.start()

@@ -41,10 +41,10 @@ class Tracker(Record):
 TRACKERS = {
     row.name: row
     for row in (
-        Tracker("bitmap", "KVM's dirty bitmap: protects all pages anew at each look", Bitmap, ("dirty_bitmap",)),
+        Tracker("bitmap", "KVM's dirty bitmap: a look takes it, and protects what was written anew", Bitmap, ("dirty_bitmap",)),
         Tracker(
             "manual",
-            "the same, protected piece by piece: no vCPU waits long",
+            "the same, but RAM is protected piece by piece, also at the start",
             Manual,
             ("manual_protect", "initially_set"),
         ),
