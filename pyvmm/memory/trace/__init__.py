@@ -41,7 +41,12 @@ class Tracker(Record):
 TRACKERS = {
     row.name: row
     for row in (
-        Tracker("bitmap", "KVM's dirty bitmap: a look takes it, and protects what was written anew", Bitmap, ("dirty_bitmap",)),
+        Tracker(
+            "bitmap",
+            "KVM's dirty bitmap: a look takes it, and protects what was written anew",
+            Bitmap,
+            ("dirty_bitmap",),
+        ),
         Tracker(
             "manual",
             "the same, but RAM is protected piece by piece, also at the start",
