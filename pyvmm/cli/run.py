@@ -71,7 +71,7 @@ def _run(args: Arguments, signals: _Signals) -> int:
     with VM(memory=args.mem, cpus=args.cpus, pages=args.pages, hugetlb=args.hugetlb) as vm:
         vm.load(args.guest, args.append, args.initrd, args.format, _address(args.at))
         if args.trace is not None:
-            vm.trace(args.trace, lambda line: print(line, file=sys.stderr, flush=True))
+            vm.single_step(args.trace, lambda line: print(line, file=sys.stderr, flush=True))
         with Console(vm.serial, _usable_stdin()) as console:
             vm.serial.output = console.output
             console.on_leave = vm.request_stop
