@@ -1,6 +1,6 @@
 /* coarse.c: write traces by userfaultfd write protection in units larger than a page (technique T7, US11995459B2): the
  * first write marks the whole unit and lifts its trace, and large pages stay large. A block that is written round after
- * round is traced by small pages.
+ * round is traced by small pages, unless so many of them turn out to be written that it is not worth the faults.
  *
  * The mutex is held while a page's mark and its protection change together: else a mark could be collected while the
  * protection it stands for is just being lifted, and writes would be lost. Pages that come back while a trace runs come
@@ -13,6 +13,11 @@
 #include <string.h>
 
 #define REFINED 255
+#define DENSE 254        /* was refined in vain: coarse from then on */
+#define TO_MERGE 253     /* the same, and to be made large again at the next collection */
+#define DENSE_FAULTS 32  /* in one round, in a refined block: the 512 pages would be sent in the time of these faults */
+#define FINE_FAULTS 16   /* of all refined blocks together in a round, and 2 a ms: at 50 us each, a tenth of the */
+#define FINE_NS 500000ull /* guest's time */
 #define STRIDE ((uint64_t)16 << 20) /* bytes protected in one call at the start: what a fault may have to wait for */
 
 static uint64_t mark_words(const struct pv_engine *engine) { return (engine->pages + 63) / 64; }
@@ -67,12 +72,27 @@ void trace_leave(struct pv_engine *engine, uint64_t page, uint32_t count)
     pthread_mutex_unlock(&engine->trace.mutex);
 }
 
+/* Of a refined block: is it still worth it? Under the mutex. */
+static void note_fault(struct trace *trace, uint64_t block)
+{
+    if (trace->streaks[block] != REFINED)
+        return;
+    trace->fine_faults++;
+    uint64_t allowed = FINE_FAULTS + (pv_now() - trace->round_began) / FINE_NS;
+    if (++trace->hits[block] < DENSE_FAULTS && trace->fine_faults < allowed)
+        return;
+    trace->streaks[block] = TO_MERGE;
+    trace->stats.refined--;
+    trace->stats.dense++;
+}
+
 int trace_fault(struct pv_engine *engine, uint64_t page)
 {
     struct trace *trace = &engine->trace;
     uint64_t first = page, count = 1;
     pthread_mutex_lock(&trace->mutex);
     if (trace->on) {
+        note_fault(trace, page / PV_BLOCK_PAGES);
         first = unit_of(engine, page, &count);
         mark(engine, first, count);
         trace->stats.faults++;
@@ -104,19 +124,23 @@ static void set_on(struct trace *trace, bool on)
 int pv_trace_start(struct pv_engine *engine, uint32_t shift, uint32_t refine)
 {
     struct trace *trace = &engine->trace;
-    if (shift < 12 || shift > 30 || refine >= REFINED)
+    if (shift < 12 || shift > 30 || refine >= TO_MERGE)
         return -EINVAL;
     if (trace->on)
         return -EBUSY;
     free(trace->marks);
     free(trace->streaks);
+    free(trace->hits);
     trace->marks = calloc(mark_words(engine), sizeof(uint64_t));
     trace->streaks = calloc(engine->blocks, 1);
-    if (!trace->marks || !trace->streaks)
+    trace->hits = calloc(engine->blocks, 1);
+    if (!trace->marks || !trace->streaks || !trace->hits)
         return -ENOMEM;
     trace->shift = shift;
     trace->refine = refine;
     memset(&trace->stats, 0, sizeof(trace->stats));
+    trace->fine_faults = 0;
+    trace->round_began = pv_now();
     int error = span_hold_all(engine, true);
     if (error)
         return error;
@@ -131,7 +155,8 @@ int pv_trace_start(struct pv_engine *engine, uint32_t shift, uint32_t refine)
 static void note_round(struct trace *trace, uint64_t block, bool written)
 {
     uint8_t *streak = &trace->streaks[block];
-    if (*streak == REFINED || !trace->refine)
+    trace->hits[block] = 0;
+    if (*streak >= TO_MERGE || !trace->refine)
         return;
     *streak = written ? (uint8_t)(*streak + 1) : 0;
     if (*streak >= trace->refine) {
@@ -168,11 +193,31 @@ static bool range_marked(const struct pv_engine *engine, uint64_t first, uint64_
     return false;
 }
 
+/* Small pages in a block that is traced whole would cost KVM a fault each, in every round. */
+static void merge_dense(struct pv_engine *engine)
+{
+    struct trace *trace = &engine->trace;
+    for (uint64_t block = 0; block < engine->blocks; block++) {
+        pthread_mutex_lock(&trace->mutex);
+        bool wanted = trace->streaks[block] == TO_MERGE;
+        if (wanted)
+            trace->streaks[block] = DENSE;
+        pthread_mutex_unlock(&trace->mutex);
+        if (wanted && !(block_word(engine, block) & PV_BLOCK_SMALL))
+            (void)!pv_engine_merge(engine, block); /* where it fails the block stays small, and right */
+    }
+}
+
 int pv_trace_collect(struct pv_engine *engine, uint64_t *bits)
 {
     struct trace *trace = &engine->trace;
     if (!trace->on)
         return -EINVAL;
+    merge_dense(engine);
+    pthread_mutex_lock(&trace->mutex);
+    trace->fine_faults = 0;
+    trace->round_began = pv_now();
+    pthread_mutex_unlock(&trace->mutex);
     uint64_t unit = 1ull << (trace->shift - 12);
     uint64_t step = unit > PV_BLOCK_PAGES ? unit : PV_BLOCK_PAGES; /* a block, or a unit of several */
     for (uint64_t first = 0; first < engine->pages; first += step) {

@@ -78,6 +78,7 @@ void pv_engine_close(struct pv_engine *engine)
     free(engine->spans);
     free(engine->trace.marks);
     free(engine->trace.streaks);
+    free(engine->trace.hits);
     pthread_mutex_destroy(&engine->span_mutex);
     pthread_mutex_destroy(&engine->slot_mutex);
     pthread_cond_destroy(&engine->slot_free);

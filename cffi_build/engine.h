@@ -172,11 +172,12 @@ struct pv_trace_stats {
     uint64_t faults;    /* writes that lifted a trace */
     uint64_t installed; /* pages marked because they came back while traced: written or not */
     uint64_t refined;   /* blocks traced by small pages now */
+    uint64_t dense;     /* blocks that were, and had so many pages written that they are traced whole again */
     uint64_t protected; /* bytes protected, again and again */
 };
 
 /* Write-protects all RAM in units of 2^shift bytes, 12 to 30, while vCPUs run. A block written in `refine` successive
- * rounds is traced by small pages from then on; 0: never. */
+ * rounds is traced by small pages from then on, unless most of it is written; 0: never. */
 int pv_trace_start(struct pv_engine *engine, uint32_t shift, uint32_t refine) PV_CHECKED;
 /* ORs into `bits` (one a page) what was written since the last call, and protects it again. On -errno what was
  * written is still marked. */

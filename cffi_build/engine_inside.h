@@ -24,6 +24,8 @@ struct trace {
     uint32_t shift, refine;
     uint64_t *marks;  /* written since the last collection: one bit a page */
     uint8_t *streaks; /* successive rounds in which a block was written; REFINED: traced by small pages */
+    uint8_t *hits;    /* faults of a refined block in this round */
+    uint64_t fine_faults, round_began; /* faults of refined blocks since, in ns */
     struct pv_trace_stats stats;
 };
 

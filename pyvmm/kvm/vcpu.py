@@ -157,6 +157,10 @@ class VcpuFd(KvmFd):
 
     def stats(self) -> dict[str, int]:
         """KVM's binary statistics of the vCPU: exits, io_exits, mmio_exits, halt_exits, ..."""
+        self.open_stats()
+        return read_stats(self._stats_fd)
+
+    def open_stats(self) -> None:
+        """Opens the statistics, if they are not open. While the vCPU is in KVM_RUN this waits for its next exit."""
         if self._stats_fd < 0:
             self._stats_fd = self.ioctl_value("KVM_GET_STATS_FD", vcpu=self.index)
-        return read_stats(self._stats_fd)

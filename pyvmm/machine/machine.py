@@ -310,7 +310,7 @@ class VM:
     def trace(self, tracker: str = "bitmap", **options: object) -> Trace:
         """A write trace, not started: which pages were written since last asked (pyvmm.memory.trace).
 
-        tracker: "bitmap", "manual" or "ring"; options: the tracker's own, such as chunk="8M" of manual.
+        tracker: "bitmap", "manual", "ring" or "coarse"; options: the tracker's own, such as unit="2M" of coarse.
         Raises BadInput for a tracker or option that is none, HostError where this host or VM does not have it.
         """
         from pyvmm.machine.tracing import make_trace

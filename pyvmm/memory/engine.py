@@ -128,7 +128,7 @@ class Engine:
             raise BadInput(f"remove(what={what!r}): choose aside or zero")
         gone = 0
         for first, part in self._parts(page, count):
-            result = self._call(lib.pv_engine_remove, first, part, _WHAT[what])
+            result = self.call(lib.pv_engine_remove, first, part, _WHAT[what])
             if result != -errno.EBUSY:
                 gone += check(result, "UFFDIO_MOVE", page=first, pages=part)
         return gone
@@ -136,13 +136,13 @@ class Engine:
     def install(self, page: int, count: int = 1) -> None:
         """Brings back what is away of these pages, whole blocks as large pages. Raises FetchError."""
         self._check_range(page, count)
-        self._checked(self._call(lib.pv_engine_install, page, count), page, count)
+        self._checked(self.call(lib.pv_engine_install, page, count), page, count)
 
     def store(self, page: int, count: int, home: str) -> int:
         """Puts pages that are aside into another home. Returns how many; raises KernelError, those left still aside."""
         number = self._home_number(home)
         return sum(
-            check(self._call(lib.pv_engine_store, first, part, number), f"store in {home}", page=first, pages=part)
+            check(self.call(lib.pv_engine_store, first, part, number), f"store in {home}", page=first, pages=part)
             for first, part in self._parts(page, count)
         )
 
@@ -151,7 +151,7 @@ class Engine:
         self._check_range(page, count)
         if not 0 <= locator <= LOCATOR_LIMIT - count:
             raise BadInput(f"locator {locator:#x}: with {count} pages it must stay below 2^52")
-        result = self._call(lib.pv_engine_assign, page, count, self._home_number(home), locator)
+        result = self.call(lib.pv_engine_assign, page, count, self._home_number(home), locator)
         if result == -errno.EEXIST:
             raise BadInput(f"pages {page} to {page + count - 1} are not all untouched: only such can get a home")
         check(result, "assign", page=page, pages=count, home=home)
@@ -202,10 +202,15 @@ class Engine:
         """Splits a block and gives up its physical large page: its small pages can be freed one by one."""
         self._on_block(lib.pv_engine_break, block, "break")
 
+    def is_for_large(self, block: int) -> bool:
+        """Is a block, that is wholly RAM, to be one large page? Not after split() or break_(), nor of small memory."""
+        words = lib.pv_engine_blocks(self._native)
+        return block < self._pages // BLOCK_PAGES and not int(words[block]) & lib.PV_BLOCK_SMALL
+
     def _on_block(self, function: Callable[..., int], block: int, call: str, equip: bool = True) -> None:
         if not 0 <= block < self._pages // BLOCK_PAGES:
             raise MemoryAccessError(f"block {block} is not (wholly) RAM: the VM has {self._pages // BLOCK_PAGES}")
-        result = self._call(function, block, equip=equip)
+        result = self.call(function, block, equip=equip)
         if result in (-errno.EBUSY, -errno.EAGAIN):
             raise HostError(f"block {block} is in use: a view of it is held, or the kernel works with one of its pages")
         check(result, call, block=block)
@@ -269,9 +274,11 @@ class Engine:
         view.flags.writeable = False
         return view
 
-    # ---- inside ----
+    def call(self, function: Callable[..., int], *arguments: CData, equip: bool = True) -> int:
+        """Calls a function of C that takes the engine first, for the modules beside this one; returns what it returns.
 
-    def _call(self, function: Callable[..., int], *arguments: int, equip: bool = True) -> int:
+        equip: it needs the userfaultfd. Raises MemoryAccessError after close().
+        """
         native = self._enter()
         try:
             if equip:
@@ -279,6 +286,8 @@ class Engine:
             return function(native, *arguments)
         finally:
             self._leave()
+
+    # ---- inside ----
 
     def _checked(self, result: int, page: int, count: int) -> None:
         if result < 0:

@@ -38,6 +38,7 @@ class Vcpu:
         on_exit is called in that thread for each exit that C does not handle itself; on_end when the thread ends,
         with the exception that ended it, if one did.
         """
+        self.fd.open_stats()  # KVM would have the first look wait for a guest that never exits
         self._thread = threading.Thread(
             target=self._loop, args=(on_exit, on_end), name=f"vcpu{self.index}", daemon=True
         )

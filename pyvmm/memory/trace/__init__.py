@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 
 from pyvmm.errors import BadInput
+from pyvmm.memory.trace.coarse import Coarse
 from pyvmm.memory.trace.kvm_log import Bitmap, Manual
 from pyvmm.memory.trace.ring import Ring, Rings
 from pyvmm.memory.trace.runs import Runs
@@ -55,6 +56,12 @@ TRACKERS = {
         ),
         Tracker(
             "ring", "KVM's dirty ring: each vCPU lists what it writes", Ring, ("dirty_ring",), {"dirty_ring": 8192}
+        ),
+        Tracker(
+            "coarse",
+            "userfaultfd: one fault marks 2 MiB, and large pages stay large",
+            Coarse,
+            ("uffd_wp", "uffd_guest"),
         ),
     )
 }
