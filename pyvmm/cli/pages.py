@@ -10,7 +10,7 @@ import time
 from rich.console import Console
 from rich.text import Text
 
-from pyvmm.cli.picture import BlockMap, Histogram, PagesTable, Stage, operations_table, stalls_table
+from pyvmm.cli.picture import BlockMap, Histogram, PagesTable, Stage, nanoseconds, operations_table, stalls_table
 from pyvmm.cli.run import Session, check_seconds
 from pyvmm.cli.steps import REMOVALS, Step, parse_step
 from pyvmm.errors import BadInput
@@ -52,7 +52,7 @@ class _Pages(Session):
     def wait(self, vm: VM) -> RunResult | None:
         self._deadline = time.monotonic() + (self.args.timeout or 1e9)
         result = self._pass_time(vm)
-        self._look(vm, "at the end" if vm.ended else "before" if self._steps else "at first")
+        self._look(vm, "at the end" if result is not None else "before" if self._steps else "at first")
         if result is not None:
             return result
         for step in self._steps:
@@ -60,7 +60,7 @@ class _Pages(Session):
         if self._steps:
             self._look(vm, "after --do")
         result = self._pass_time(vm)
-        self._look(vm, "at the end" if vm.ended else f"{self.args.seconds:g} s later")
+        self._look(vm, "at the end" if result is not None else f"{self.args.seconds:g} s later")
         return result
 
     def _pass_time(self, vm: VM) -> RunResult | None:
@@ -186,7 +186,7 @@ def _outcome(step: Step) -> str:
         return f"{step.text}: the guest ended after {step.done + step.failed:,} of {blocks}"
     went = f", {step.pages:,} pages went away" if step.operation in REMOVALS else ""
     failed = f", {step.failed:,} failed" if step.failed else ""
-    return f"{step.text}: {blocks} in {step.seconds * 1e3:.1f} ms{went}{failed}"
+    return f"{step.text}: {blocks} in {nanoseconds(step.seconds * 1e9)}{went}{failed}"
 
 
 def _check_png(path: str) -> None:

@@ -104,7 +104,7 @@ class PagesTable:
 def _kinds_and_kvm(stage: Stage) -> list[tuple[str, int]]:
     """Names and pages of the table's rows. A 1 GiB mapping is a rarity, and a row of its own would be mostly 0."""
     by_2m = stage.mappings["pages_2m"] * _BLOCK_PAGES + stage.mappings["pages_1g"] * (GIB // PAGE_SIZE)
-    return [*stage.counts.rows(), ("in KVM by 2M", by_2m), ("in KVM by 4K", stage.mappings["pages_4k"])]
+    return [*stage.counts.rows(), ("KVM by 2M", by_2m), ("KVM by 4K", stage.mappings["pages_4k"])]
 
 
 class BlockMap:

@@ -105,6 +105,8 @@ def _labelled(addresses: Sequence[int | None]) -> list[tuple[int, str]]:
         if address is None:
             begin = row + 1
         elif (row - begin) % step == 0:
+            if rows and row - rows[-1][0] < step / 2:  # they would overlap
+                rows.pop()
             gib = f" = {address / GIB:g} GiB" if address and address % (GIB // 8) == 0 else ""
             rows.append((row, f"{address:#x}{gib}"))
     return rows
