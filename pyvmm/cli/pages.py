@@ -7,9 +7,9 @@ import json
 import os
 import time
 
-from rich.console import Console
 from rich.text import Text
 
+from pyvmm.cli.output import Output
 from pyvmm.cli.picture import BlockMap, Histogram, PagesTable, Stage, nanoseconds, operations_table, stalls_table
 from pyvmm.cli.run import Session, check_seconds
 from pyvmm.cli.steps import REMOVALS, Step, parse_step
@@ -93,7 +93,7 @@ class _Pages(Session):
     # ---- for people ----
 
     def _show(self, vm: VM, stats: EngineStats) -> None:
-        console = Console(highlight=False)
+        console = Output()
 
         def line(text: str = "", style: str = "") -> None:
             console.print(Text(text, style))
@@ -119,7 +119,7 @@ class _Pages(Session):
             console.print(stalls_table(console, stats))
         self._show_maps(console, vm)
 
-    def _show_maps(self, console: Console, vm: VM) -> None:
+    def _show_maps(self, console: Output, vm: VM) -> None:
         before = None
         for stage in self._stages:
             console.print()

@@ -83,7 +83,7 @@ class PagesTable:
         yield table
 
     def _table(self, console: Console, detailed: range) -> Table:
-        table = new_table(console, "pages")
+        table = new_table(console, "kind")
         for i, stage in enumerate(self._stages):
             for heading in (stage.title, "MiB", "share")[: 3 if i in detailed else 1]:
                 table.add_column(heading, justify="right")

@@ -316,7 +316,9 @@ def test_a_reader_that_leaves_ends_the_guest(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["run", "hello"], ["guests"], ["guests", "hello"], ["doctor", "--json"]], ids=lambda value: value[0]
+    "arguments",
+    [["run", "hello"], ["guests"], ["guests", "hello"], ["doctor", "--json"], ["doctor"]],
+    ids=lambda value: value[0],
 )
 def test_a_closed_stdout_is_no_traceback(arguments):
     reader, writer = os.pipe()
