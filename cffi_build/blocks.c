@@ -42,7 +42,7 @@ static int break_by_move(struct pv_engine *engine, uint64_t page)
         return error;
     while (!is_populated(&seen, page % PV_BLOCK_PAGES))
         page++;
-    int gone = take_out(engine, page, 1, false);
+    int gone = take_out(engine, page, 1);
     int answer = gone > 0 ? bring(engine, page, 1) : gone;
     return answer < 0 ? answer : 0;
 }
@@ -53,7 +53,7 @@ static int break_by_copy(struct pv_engine *engine, uint64_t page)
     bool was_away[PV_BLOCK_PAGES];
     for (uint32_t i = 0; i < PV_BLOCK_PAGES; i++)
         was_away[i] = page_home(engine, page + i) != PV_HOME_PRESENT;
-    int answer = take_out(engine, page, PV_BLOCK_PAGES, true);
+    int answer = take_out(engine, page, PV_BLOCK_PAGES);
     for (uint32_t i = 0; answer >= 0 && i < PV_BLOCK_PAGES; i++)
         answer = was_away[i] ? 0 : bring(engine, page + i, 1);
     return answer < 0 ? answer : 0;
@@ -79,7 +79,8 @@ int pv_engine_break(struct pv_engine *engine, uint64_t block)
     return error;
 }
 
-/* MADV_COLLAPSE takes a mapping that userfaultfd watches only if no page is missing or write-protected. */
+/* MADV_COLLAPSE takes a mapping that userfaultfd watches only if no page of it is missing, write-protected or the shared
+ * zero page, to which the kernel turns pages of zeros when it breaks a large page (since 6.12). */
 static int complete(struct pv_engine *engine, uint64_t page)
 {
     struct populated seen;
@@ -93,57 +94,40 @@ static int complete(struct pv_engine *engine, uint64_t page)
     return error;
 }
 
-static int unprotect(struct pv_engine *engine, uint64_t page)
+/* A trace's protection is lifted for it, and what that hid from the trace is marked. */
+static void unprotect(struct pv_engine *engine, uint64_t page)
 {
-    int error = 0;
     trace_enter(engine);
-    if (engine->trace.on) {
-        error = uffd_protect(engine, ram_at(engine, page), PV_BLOCK, false);
-        trace_leave(engine, page, PV_BLOCK_PAGES);
-    } else {
-        trace_leave(engine, page, 0);
-    }
-    return error;
+    bool lifted = engine->trace.on && uffd_protect(engine, ram_at(engine, page), PV_BLOCK, false) == 0;
+    trace_leave(engine, page, lifted ? PV_BLOCK_PAGES : 0);
 }
 
+#define TRIES 16
+
+/* EAGAIN: a page is in use for the moment. EINVAL, among others: a trace has just protected the block anew. */
 static int collapse(struct pv_engine *engine, uint64_t page)
 {
     struct populated seen;
-    for (int tries = 0; madvise(ram_at(engine, page), PV_BLOCK, MADV_COLLAPSE); tries++)
-        if (errno != EAGAIN || tries == 8) /* EAGAIN: a page is in use for the moment */
-            return -errno;
-    int error = look_at(engine, ram_at(engine, page), PV_BLOCK_PAGES, &seen);
+    int error = -EAGAIN;
+    for (int tries = 0; error && tries < TRIES; tries++) {
+        unprotect(engine, page);
+        (void)madvise(ram_at(engine, page), PV_BLOCK, MADV_POPULATE_WRITE); /* nothing is missing: waits for nobody */
+        error = madvise(ram_at(engine, page), PV_BLOCK, MADV_COLLAPSE) ? -errno : 0;
+        if (error && error != -EAGAIN && !(error == -EINVAL && engine->trace.on))
+            return error;
+    }
+    error = error ? error : look_at(engine, ram_at(engine, page), PV_BLOCK_PAGES, &seen);
     return error ? error : !engine->scans || seen.large == PV_BLOCK_PAGES ? 0 : -EAGAIN;
-}
-
-/* Out, together in staging, and in again as one large page: faster than MADV_COLLAPSE, which first makes every CPU of
- * the host run a kernel worker (lru_add_drain_all), and than moving 512 small pages. */
-static int remake(struct pv_engine *engine, uint64_t page)
-{
-    int answer = block_away(engine, page / PV_BLOCK_PAGES) ? bring(engine, page, PV_BLOCK_PAGES) : 0;
-    answer = answer < 0 ? answer : block_watch(engine, page);
-    if (answer < 0)
-        return answer;
-    answer = take_out(engine, page, PV_BLOCK_PAGES, true);
-    answer = answer < 0 ? answer : bring(engine, page, PV_BLOCK_PAGES);
-    int error = block_unwatch(engine, page);
-    return answer < 0 ? answer : error;
 }
 
 static int make_large(struct pv_engine *engine, uint64_t page)
 {
     struct populated seen;
-    int error = 0;
-    if (block_away(engine, page / PV_BLOCK_PAGES) == PV_BLOCK_PAGES)
-        error = bring(engine, page, PV_BLOCK_PAGES);
-    else if (engine->move && pv_engine_equipped(engine) && !block_pins(engine, page / PV_BLOCK_PAGES))
-        error = remake(engine, page);
-    error = error < 0 ? error : look_at(engine, ram_at(engine, page), PV_BLOCK_PAGES, &seen);
+    int error = complete(engine, page); /* of a block that is wholly away: comes as a large page */
+    error = error ? error : look_at(engine, ram_at(engine, page), PV_BLOCK_PAGES, &seen);
     if (error || seen.count == 0 || seen.large == PV_BLOCK_PAGES)
         return error;
-    error = complete(engine, page);
-    error = error ? error : unprotect(engine, page);
-    return error ? error : collapse(engine, page);
+    return collapse(engine, page);
 }
 
 static int merge_locked(struct pv_engine *engine, uint64_t block)

@@ -124,11 +124,6 @@ void span_release(struct pv_engine *engine, uint64_t page, uint64_t users, bool 
 int span_hold_all(struct pv_engine *engine, bool wp) PV_CHECKED;
 void span_release_all(struct pv_engine *engine, bool wp);
 
-/* Makes write protection possible in one block, whose lock and span are held. All of it must be present when that
- * ends. */
-int block_watch(struct pv_engine *engine, uint64_t page) PV_CHECKED;
-int block_unwatch(struct pv_engine *engine, uint64_t page) PV_CHECKED;
-
 /* ---- fault.c: the thread ---- */
 
 int fault_thread_start(struct pv_engine *engine) PV_CHECKED; /* under span_mutex; once */
@@ -137,19 +132,15 @@ void fail(struct pv_engine *engine, uint64_t page, int error);
 
 /* ---- install.c, remove.c: under the block's lock ---- */
 
-int slot_take(struct pv_engine *engine);
-uint8_t *slot_at(struct pv_engine *engine, int slot);
-void slot_give(struct pv_engine *engine, int slot);
-void make_zeros(uint8_t *slot);
 
 /* Brings pages of one block back, the whole block where it is to be large and all of it is away. Answer or -errno. */
 int bring(struct pv_engine *engine, uint64_t page, uint32_t count);
 /* A touch of a page that is PRESENT and not populated. Answer or -errno. */
 int bring_untouched(struct pv_engine *engine, uint64_t page, bool written);
 
-/* Takes what is populated into the aside area, and sets the words by what the kernel then has where. By UFFDIO_MOVE, or
- * by copying: then write protection must be possible there. Pages gone, or -errno. One block, its span held. */
-int take_out(struct pv_engine *engine, uint64_t page, uint32_t count, bool copy);
+/* Takes what is populated into the aside area, and sets the words by what the kernel then has where. Pages gone, or
+ * -errno. One block, its span held; without UFFDIO_MOVE, for write protection too. */
+int take_out(struct pv_engine *engine, uint64_t page, uint32_t count);
 void count_op(struct pv_engine *engine, int op, uint64_t since, int result);
 
 /* ---- coarse.c: around whatever makes pages appear in the guest ---- */

@@ -11,7 +11,7 @@
 
 /* ---- staging: a few blocks in which a large page is put together ---- */
 
-int slot_take(struct pv_engine *engine)
+static int slot_take(struct pv_engine *engine)
 {
     pthread_mutex_lock(&engine->slot_mutex);
     while (engine->slots_taken == (1u << SLOTS) - 1)
@@ -22,10 +22,10 @@ int slot_take(struct pv_engine *engine)
     return slot;
 }
 
-uint8_t *slot_at(struct pv_engine *engine, int slot) { return engine->staging + (size_t)slot * PV_BLOCK; }
+static uint8_t *slot_at(struct pv_engine *engine, int slot) { return engine->staging + (size_t)slot * PV_BLOCK; }
 
 /* Empty afterwards, its page table too, so that the next large page in it is whole and zeroed by the kernel. */
-void slot_give(struct pv_engine *engine, int slot)
+static void slot_give(struct pv_engine *engine, int slot)
 {
     (void)madvise(slot_at(engine, slot), PV_BLOCK, MADV_DONTNEED);
     pthread_mutex_lock(&engine->slot_mutex);
@@ -132,7 +132,7 @@ static int install_large(struct pv_engine *engine, uint64_t page, uint8_t *from)
 static bool reads_zero(uint32_t home) { return home == PV_HOME_ZERO || home == PV_HOME_BALLOON; }
 
 /* A fresh slot reads as zeros: the kernel makes them once, we not again. */
-void make_zeros(uint8_t *slot)
+static void make_zeros(uint8_t *slot)
 {
     if (madvise(slot, PV_BLOCK, MADV_POPULATE_WRITE))
         memset(slot, 0, PV_BLOCK); /* a kernel before 5.14 */

@@ -2,6 +2,7 @@
  * Python and returns -errno. The Python side of these declarations is native.cdef. */
 #pragma once
 
+#include <pthread.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -41,6 +42,8 @@ struct pv_ports {
     uint32_t writes[PV_PORTS];
 };
 
+struct pv_rings;
+
 struct pv_vcpu {
     int fd;
     uint32_t tid;         /* of the thread in pv_run; written by it before it sets place */
@@ -50,6 +53,8 @@ struct pv_vcpu {
     uint32_t place;       /* PV_PLACE_*, a futex: pv_wait_parked waits on it */
     uint64_t exits[PV_EXIT_REASONS]; /* by KVM_EXIT_*, written by the vCPU's thread alone */
     uint64_t interrupted; /* returns of KVM_RUN with EINTR */
+    struct pv_rings *rings; /* NULL without dirty rings */
+    uint32_t kicked;      /* 1: is to leave the guest once, a futex: pv_wait_kicked waits on it */
 };
 
 /* Runs until Python must decide: returns PV_RUN_*, or -errno of KVM_RUN. Obeys `request`; parks in here on PAUSE.
@@ -68,6 +73,11 @@ void pv_end(struct pv_vcpu *vcpu);
 /* Waits until the vCPU is parked or ended: PV_PLACE_PARKED, PV_PLACE_ENDED, or -ETIMEDOUT. Any thread but the vCPU's
  * own. timeout_ns < 0: for ever. */
 int pv_wait_parked(struct pv_vcpu *vcpu, int64_t timeout_ns) PV_CHECKED;
+
+/* Makes the vCPU leave the guest, if it is there, and go on at once; pv_wait_kicked returns 0 when it has been outside
+ * KVM_RUN since, or -ETIMEDOUT. For any one thread at a time, not the vCPU's own. timeout_ns < 0: for ever. */
+void pv_kick(struct pv_vcpu *vcpu);
+int pv_wait_kicked(struct pv_vcpu *vcpu, int64_t timeout_ns) PV_CHECKED;
 
 /* KVM_SYSTEM_EVENT_* of a KVM_EXIT_SYSTEM_EVENT. */
 uint32_t pv_system_event(const struct kvm_run *run);
@@ -107,6 +117,59 @@ int pv_userfaultfd_device(int device, int flags) PV_CHECKED;
 /* Puts the file's first `size` bytes, shared, where pv_map mapped memory: the file then has its alignment. */
 int pv_map_file(void *address, size_t size, int fd) PV_CHECKED;
 
+/* ---- bits.c: page bitmaps, one bit a small page of RAM ---- */
+
+struct pv_run_pages {
+    uint64_t first, count; /* pages */
+};
+
+/* Sets `count` bits from `first` on. Any thread, also while another one takes. */
+void pv_bits_set(uint64_t *bits, uint64_t first, uint64_t count);
+/* Moves all bits of `from` into `to`, none of those set meanwhile is lost: how many there were. */
+uint64_t pv_bits_take(uint64_t *to, uint64_t *from, uint64_t words);
+void pv_bits_or(uint64_t *to, const uint64_t *from, uint64_t words);
+uint64_t pv_bits_count(const uint64_t *bits, uint64_t pages);
+/* How many runs of neighbouring set bits there are. */
+uint64_t pv_bits_count_runs(const uint64_t *bits, uint64_t pages);
+/* Writes the runs from page *next on, at most `room` of them, and returns how many; *next is then where to go on, and
+ * no less than `pages` at the end. */
+uint64_t pv_bits_runs(const uint64_t *bits, uint64_t pages, uint64_t *next, struct pv_run_pages *runs, uint64_t room);
+
+/* ---- ring.c: dirty rings ---- */
+
+#define PV_SLOTS 2 /* memory slots: RAM below and above the hole */
+
+struct pv_ring {
+    struct pv_vcpu *vcpu;
+    struct kvm_dirty_gfn *gfns; /* `entries` of them, shared with KVM */
+    uint32_t next;              /* the entry to be read next, counted without end */
+};
+
+/* The rings of one VM. `lock` guards all that changes: next, taken, and who resets. */
+struct pv_rings {
+    int vm_fd;
+    uint32_t entries; /* of each ring, a power of two */
+    uint32_t count;   /* rings */
+    uint32_t slots;
+    struct {
+        uint64_t first_page, pages; /* of RAM */
+    } slot[PV_SLOTS];
+    struct pv_ring ring[PV_MAX_CPUS];
+    uint64_t *bits; /* pages harvested and not collected yet */
+    uint64_t words;
+    uint64_t taken; /* entries harvested so far */
+    pthread_mutex_t lock;
+};
+
+int pv_rings_init(struct pv_rings *rings) PV_CHECKED;
+void pv_rings_deinit(struct pv_rings *rings);
+int pv_ring_map(int vcpu_fd, uint32_t entries, struct kvm_dirty_gfn **out) PV_CHECKED;
+void pv_ring_unmap(struct kvm_dirty_gfn *gfns, uint32_t entries);
+
+/* Moves the entries of all rings into `bits` of the rings and gives them back to KVM: 0 or more, or -errno. Any thread. */
+int pv_rings_harvest(struct pv_rings *rings) PV_CHECKED;
+/* The same, after every vCPU has left the guest once, and moves the bits into `bits`. Any thread but a vCPU's. */
+int pv_rings_collect(struct pv_rings *rings, uint64_t *bits, int64_t timeout_ns) PV_CHECKED;
 /* ---- engine.h: pages with homes ---- */
 
 #include "engine.h"

@@ -26,37 +26,16 @@ static bool is_zero(const uint8_t *page)
 
 /* ---- out of the guest, into the aside area ---- */
 
-/* The bytes of what is populated, to where they lie in the aside area. */
-static void copy_populated(struct pv_engine *engine, uint64_t page, const struct populated *seen, uint8_t *to)
-{
-    for (uint32_t i = 0; i < PV_BLOCK_PAGES; i++)
-        if (is_populated(seen, i))
-            memcpy(to + (size_t)i * PV_PAGE, ram_at(engine, page + i), PV_PAGE);
-}
-
-/* A registered aside area takes pages only by UFFDIO_MOVE; a block is put together in staging and goes there whole. */
-static int copy_aside(struct pv_engine *engine, uint64_t page, const struct populated *seen)
-{
-    if (!engine->move) {
-        copy_populated(engine, page, seen, aside_at(engine, page));
-        return 0;
-    }
-    int slot = slot_take(engine);
-    make_zeros(slot_at(engine, slot));
-    copy_populated(engine, page, seen, slot_at(engine, slot));
-    int error = uffd_move(engine, engine->aside_uffd, aside_at(engine, page), slot_at(engine, slot), PV_BLOCK);
-    slot_give(engine, slot);
-    return error;
-}
-
-/* Protected, so that writers wait; copied; dropped. Readers see the pages until they are dropped. */
+/* Without UFFDIO_MOVE: protected, so that writers wait; copied; dropped. Readers see the pages until they are dropped. */
 static int copy_out(struct pv_engine *engine, uint64_t page, uint32_t count)
 {
     uint8_t *from = ram_at(engine, page);
     int error = uffd_protect(engine, from, (uint64_t)count * PV_PAGE, true);
     struct populated seen; /* looked at once nobody can add to it */
     error = error ? error : look_at(engine, from, count, &seen);
-    error = error ? error : copy_aside(engine, page, &seen);
+    for (uint32_t i = 0; !error && i < count; i++)
+        if (is_populated(&seen, i))
+            memcpy(aside_at(engine, page + i), ram_at(engine, page + i), PV_PAGE);
     if (!error && madvise(from, (size_t)count * PV_PAGE, MADV_DONTNEED))
         error = -errno;
     if (error) {
@@ -67,15 +46,30 @@ static int copy_out(struct pv_engine *engine, uint64_t page, uint32_t count)
     return error;
 }
 
-int take_out(struct pv_engine *engine, uint64_t page, uint32_t count, bool copy)
+/* By runs of what is present: the kernel refuses a range some of whose pages are aside already. */
+static int move_out(struct pv_engine *engine, uint64_t page, uint32_t count)
+{
+    int error = 0;
+    for (uint32_t i = 0; i < count;) {
+        uint32_t run = 0;
+        while (i + run < count && page_home(engine, page + i + run) == PV_HOME_PRESENT)
+            run++;
+        int failed = run ? uffd_move(engine, engine->aside_uffd, aside_at(engine, page + i), ram_at(engine, page + i),
+                                     (uint64_t)run * PV_PAGE)
+                         : 0;
+        error = error ? error : failed;
+        i += run ? run : 1;
+    }
+    return error;
+}
+
+int take_out(struct pv_engine *engine, uint64_t page, uint32_t count)
 {
     uint64_t block = page / PV_BLOCK_PAGES;
     bool whole = count == PV_BLOCK_PAGES && block_away(engine, block) == 0;
     if (whole) /* a page table left there would split a large page */
         (void)madvise(aside_at(engine, page), PV_BLOCK, MADV_DONTNEED);
-    int error = copy ? copy_out(engine, page, count)
-                     : uffd_move(engine, engine->aside_uffd, aside_at(engine, page), ram_at(engine, page),
-                                 (uint64_t)count * PV_PAGE);
+    int error = engine->move ? move_out(engine, page, count) : copy_out(engine, page, count);
     struct populated left, aside;
     int blind = look_at(engine, ram_at(engine, page), count, &left);
     blind = blind ? blind : look_at(engine, aside_at(engine, page), count, &aside);
@@ -90,7 +84,7 @@ int take_out(struct pv_engine *engine, uint64_t page, uint32_t count, bool copy)
     }
     if (whole && aside.count == PV_BLOCK_PAGES && (aside.large == PV_BLOCK_PAGES || !engine->move))
         block_flags(engine, block, PV_BLOCK_ASIDE_LARGE, 0);
-    if (!whole && !copy && gone) /* to move a small page out of a large one breaks that */
+    if (!whole && engine->move && gone) /* to move a small page out of a large one breaks that */
         block_flags(engine, block, PV_BLOCK_BROKEN, 0);
     span_add(engine, page, gone);
     return gone ? (int)gone : error;
@@ -134,7 +128,7 @@ static int remove_locked(struct pv_engine *engine, uint64_t page, uint32_t count
     if (block_pins(engine, page / PV_BLOCK_PAGES))
         return -EBUSY;
     uint32_t away = block_away(engine, page / PV_BLOCK_PAGES);
-    int gone = take_out(engine, page, count, !engine->move);
+    int gone = take_out(engine, page, count);
     if (gone <= 0 || what == PV_REMOVE_ASIDE)
         return gone;
     int error = keep_zeros(engine, page, count);

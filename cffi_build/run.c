@@ -51,10 +51,34 @@ static int futex_wait(uint32_t *word, uint32_t value, const struct timespec *dea
 
 static void futex_wake(uint32_t *word) { syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0); }
 
+static struct timespec deadline_in(int64_t timeout_ns)
+{
+    struct timespec deadline;
+    clock_gettime(CLOCK_MONOTONIC, &deadline);
+    deadline.tv_sec += timeout_ns / 1000000000;
+    deadline.tv_nsec += timeout_ns % 1000000000;
+    if (deadline.tv_nsec >= 1000000000) {
+        deadline.tv_sec++;
+        deadline.tv_nsec -= 1000000000;
+    }
+    return deadline;
+}
+
+/* On the vCPU's thread, outside KVM_RUN: whoever kicked it is told. */
+static void answer_kick(struct pv_vcpu *vcpu)
+{
+    /* seq_cst: pairs with pv_kick, see there */
+    if (__atomic_load_n(&vcpu->kicked, __ATOMIC_SEQ_CST)) {
+        __atomic_store_n(&vcpu->kicked, 0, __ATOMIC_SEQ_CST);
+        futex_wake(&vcpu->kicked);
+    }
+}
+
 static void set_place(struct pv_vcpu *vcpu, uint32_t place)
 {
     /* release: pairs with the acquire in pv_wait_parked, so that whoever sees PARKED sees all the vCPU did before */
     __atomic_store_n(&vcpu->place, place, __ATOMIC_SEQ_CST);
+    answer_kick(vcpu);
 }
 
 static void park(struct pv_vcpu *vcpu)
@@ -89,6 +113,7 @@ static int run_loop(struct pv_vcpu *vcpu)
         /* Order matters: immediate_exit is cleared before the request is read, and pv_request writes them the other
          * way round. A request that comes between the two is seen either here or by KVM_RUN. */
         __atomic_store_n(&run->immediate_exit, 0, __ATOMIC_SEQ_CST);
+        answer_kick(vcpu);
         uint32_t request = __atomic_load_n(&vcpu->request, __ATOMIC_SEQ_CST);
         if (request != PV_REQUEST_RUN)
             /* KVM_RUN then only completes the I/O of the last exit, which must not be half done in a saved state. */
@@ -99,6 +124,12 @@ static int run_loop(struct pv_vcpu *vcpu)
             vcpu->exits[reason < PV_EXIT_REASONS ? reason : 0]++;
             if (reason == KVM_EXIT_IO && float_port(vcpu, run))
                 continue;
+            if (reason == KVM_EXIT_DIRTY_RING_FULL && vcpu->rings) {
+                int result = pv_rings_harvest(vcpu->rings);
+                if (result < 0)
+                    return result;
+                continue;
+            }
             return PV_RUN_EXIT;
         }
         if (errno == EAGAIN) /* an application processor that has just had its INIT or SIPI */
@@ -141,26 +172,48 @@ void pv_end(struct pv_vcpu *vcpu)
     futex_wake(&vcpu->place);
 }
 
+/* Its thread is in pv_run or was a moment ago. */
+static void interrupt(struct pv_vcpu *vcpu)
+{
+    syscall(SYS_tgkill, getpid(), (pid_t)__atomic_load_n(&vcpu->tid, __ATOMIC_SEQ_CST), KICK_SIGNAL);
+}
+
 void pv_request(struct pv_vcpu *vcpu, uint32_t request)
 {
     __atomic_store_n(&vcpu->request, request, __ATOMIC_SEQ_CST);
-    __atomic_store_n(&vcpu->run->immediate_exit, request != PV_REQUEST_RUN, __ATOMIC_SEQ_CST);
+    if (request != PV_REQUEST_RUN) /* cleared by the vCPU's thread alone: it may be set for a kick as well */
+        __atomic_store_n(&vcpu->run->immediate_exit, 1, __ATOMIC_SEQ_CST);
     futex_wake(&vcpu->request);
     /* A thread outside pv_run reads the request when it comes back; one inside may sit in KVM_RUN. */
     if (request != PV_REQUEST_RUN && __atomic_load_n(&vcpu->place, __ATOMIC_SEQ_CST) == PV_PLACE_RUNNING)
-        syscall(SYS_tgkill, getpid(), (pid_t)__atomic_load_n(&vcpu->tid, __ATOMIC_SEQ_CST), KICK_SIGNAL);
+        interrupt(vcpu);
+}
+
+void pv_kick(struct pv_vcpu *vcpu)
+{
+    /* The loop clears immediate_exit, then looks at `kicked`; we write them the other way round, as in pv_request. And it
+     * writes `place`, then looks at `kicked`, where we write that and then look at `place`: one sees the other. */
+    __atomic_store_n(&vcpu->kicked, 1, __ATOMIC_SEQ_CST);
+    if (__atomic_load_n(&vcpu->place, __ATOMIC_SEQ_CST) != PV_PLACE_RUNNING) {
+        __atomic_store_n(&vcpu->kicked, 0, __ATOMIC_SEQ_CST);
+        return;
+    }
+    __atomic_store_n(&vcpu->run->immediate_exit, 1, __ATOMIC_SEQ_CST);
+    interrupt(vcpu);
+}
+
+int pv_wait_kicked(struct pv_vcpu *vcpu, int64_t timeout_ns)
+{
+    struct timespec deadline = deadline_in(timeout_ns);
+    while (__atomic_load_n(&vcpu->kicked, __ATOMIC_ACQUIRE))
+        if (futex_wait(&vcpu->kicked, 1, timeout_ns < 0 ? NULL : &deadline) == -ETIMEDOUT)
+            return -ETIMEDOUT;
+    return 0;
 }
 
 int pv_wait_parked(struct pv_vcpu *vcpu, int64_t timeout_ns)
 {
-    struct timespec deadline;
-    clock_gettime(CLOCK_MONOTONIC, &deadline);
-    deadline.tv_sec += timeout_ns / 1000000000;
-    deadline.tv_nsec += timeout_ns % 1000000000;
-    if (deadline.tv_nsec >= 1000000000) {
-        deadline.tv_sec++;
-        deadline.tv_nsec -= 1000000000;
-    }
+    struct timespec deadline = deadline_in(timeout_ns);
     for (;;) {
         /* acquire: pairs with set_place */
         uint32_t place = __atomic_load_n(&vcpu->place, __ATOMIC_ACQUIRE);

@@ -44,6 +44,10 @@ struct uffdio_move {
 #ifndef KVM_CAP_DIRTY_LOG_RING_ACQ_REL
 #define KVM_CAP_DIRTY_LOG_RING_ACQ_REL 223
 #endif
+#ifndef KVM_DIRTY_GFN_F_DIRTY /* there, but for user space from some release on only */
+#define KVM_DIRTY_GFN_F_DIRTY 1
+#define KVM_DIRTY_GFN_F_RESET 2
+#endif
 #ifndef KVM_PRE_FAULT_MEMORY
 #define KVM_CAP_PRE_FAULT_MEMORY 236
 struct kvm_pre_fault_memory {

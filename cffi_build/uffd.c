@@ -185,37 +185,3 @@ void span_release_all(struct pv_engine *engine, bool wp)
     for (uint64_t page = 0; page < engine->pages; page += 1ull << (SPAN_SHIFT - 12))
         span_release(engine, page, 1, wp);
 }
-
-/* ---- one block ---- */
-
-static int block_register(struct pv_engine *engine, uint64_t page, uint64_t modes)
-{
-    struct uffdio_register request = {.range = {(uintptr_t)ram_at(engine, page), PV_BLOCK}, .mode = modes};
-    return ioctl(engine->uffd, UFFDIO_REGISTER, &request) < 0 ? -errno : 0;
-}
-
-int block_watch(struct pv_engine *engine, uint64_t page)
-{
-    pthread_mutex_lock(&engine->span_mutex);
-    bool possible = engine->spans[span_of(page)].modes & UFFDIO_REGISTER_MODE_WP;
-    int error = possible ? 0
-                         : block_register(engine, page, UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_WP);
-    pthread_mutex_unlock(&engine->span_mutex);
-    return error;
-}
-
-/* Write protection is given up for the block alone: to unregister a whole span from it makes the kernel walk that, and
- * KVM forget its mappings. In the moment between the two calls nothing of the block is away. */
-int block_unwatch(struct pv_engine *engine, uint64_t page)
-{
-    struct uffdio_range range = {(uintptr_t)ram_at(engine, page), PV_BLOCK};
-    int error = 0;
-    pthread_mutex_lock(&engine->span_mutex);
-    uint64_t modes = engine->spans[span_of(page)].modes;
-    if (!(modes & UFFDIO_REGISTER_MODE_WP) && !block_away(engine, page / PV_BLOCK_PAGES)) {
-        error = ioctl(engine->uffd, UFFDIO_UNREGISTER, &range) < 0 ? -errno : 0;
-        error = error ? error : block_register(engine, page, modes);
-    }
-    pthread_mutex_unlock(&engine->span_mutex);
-    return error;
-}

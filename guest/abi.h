@@ -34,7 +34,8 @@ struct pv_work {
     uint64_t writes;  /* of these, pages written */
     uint64_t pass;    /* passes over the region completed */
     uint64_t index;   /* place in the present pass */
-    uint64_t spare[4];
+    uint64_t longest_gap; /* TSC ticks between two units of work, where the guest keeps it; the host may write 0 */
+    uint64_t spare[3];
 };
 
 struct pv_progress {
@@ -51,7 +52,8 @@ struct pv_progress {
     uint64_t wrong_gpa;
     uint64_t wrong_expected;
     uint64_t wrong_found;
-    uint64_t spare[5];
+    uint64_t tsc_khz; /* of longest_gap; 0 where the guest keeps none */
+    uint64_t spare[4];
     struct pv_work work[PV_MAX_CPUS];
 };
 #endif

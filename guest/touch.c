@@ -3,7 +3,8 @@
  * Touch k of a CPU writes (seed + k) * GOLDEN ^ gpa. CPU c of T has the slots c, c + T, ... in pattern=sequential, and
  * any slot in the others; there, a pass means no more than as many touches.
  *
- * Progress: work[cpu].count = touches, writes = of these writes, pass = passes completed, index = touches since. */
+ * Progress: work[cpu].count = touches, writes = of these writes, pass = passes completed, index = touches since; with
+ * gaps=1 longest_gap = the longest time between two touches, in which the pace of rate= is contained. */
 #include "lib/lib.h"
 
 GUEST("touch", "writes or reads memory by a pattern, at a rate",
@@ -19,7 +20,8 @@ GUEST("touch", "writes or reads memory by a pattern, at a rate",
       "seed=N of the order and of what is written (default 1)\n"
       "passes=N times the slots' number of touches, then the end (default 0 = for ever)\n"
       "touches=N of all CPUs together, then the end (default 0 = for ever)\n"
-      "read=1 read, do not write (default 0)\n");
+      "read=1 read, do not write (default 0)\n"
+      "gaps=1 keep the longest time between two touches of a CPU, for the host (default 0)\n");
 
 #define BURSTS_A_MS 100 /* pacing looks at the clock no more often */
 
@@ -29,7 +31,7 @@ static struct shuffle scattering;
 static uint64_t start, slots, stride, seed, rate, passes, touches;
 static uint64_t hot_slots, heat, tsc_per_ms;
 static unsigned threads;
-static bool reads, scatters;
+static bool reads, scatters, keeps_gaps;
 
 static uint64_t slot_gpa(uint64_t slot)
 {
@@ -106,6 +108,15 @@ static void pace(struct pace *pace)
         pace->due = ticks();
 }
 
+/* After each touch, with the time of the one before. The host may set longest_gap back at any time. */
+static uint64_t note_gap(volatile struct pv_work *own, uint64_t last)
+{
+    uint64_t now = ticks(), gap = now - last;
+    if (gap > own->longest_gap && now > last) /* a TSC that was set back is no gap */
+        own->longest_gap = gap;
+    return now;
+}
+
 static void work(unsigned cpu)
 {
     volatile struct pv_work *own = &progress->work[cpu];
@@ -115,6 +126,7 @@ static void work(unsigned cpu)
     struct pace clock = {0};
     if (rate)
         clock = pace_start();
+    uint64_t last = ticks();
     for (uint64_t touch = 0; endless || touch < limit; touch++) {
         uint64_t gpa = slot_gpa(pattern == SEQUENTIAL ? slot : random_slot(&state));
         if (reads)
@@ -130,6 +142,8 @@ static void work(unsigned cpu)
             own->pass++;
         }
         own->index = index;
+        if (keeps_gaps)
+            last = note_gap(own, last);
         if (rate)
             pace(&clock);
     }
@@ -217,11 +231,13 @@ int guest_main(void)
     passes = option_number("passes", 0);
     touches = option_number("touches", 0);
     reads = option_number("read", 0) != 0;
+    keeps_gaps = option_number("gaps", 0) != 0;
     if (passes && touches)
         refuse("passes= and touches= do not go together", "");
     if (passes > UINT64_MAX / slots || rate > 1ul << 32)
         refuse("too large a number: ", passes > UINT64_MAX / slots ? "passes" : "rate");
     tsc_per_ms = ticks_per_ms();
+    progress->tsc_khz = keeps_gaps ? tsc_per_ms : 0;
     progress->cpus = threads;
     progress->status = PV_STATUS_RUNNING;
     uint64_t began = ticks();

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pyvmm.layout import Gfn, Gpa, Hva
     from pyvmm.machine import VM, Progress, RunResult
     from pyvmm.memory import GuestMemory
+    from pyvmm.memory.trace import Runs, Trace
     from pyvmm.state import State
     from pyvmm.vcpu import Registers
 
@@ -26,6 +27,8 @@ _PUBLIC = {
     "Progress": "pyvmm.machine",
     "RunResult": "pyvmm.machine",
     "GuestMemory": "pyvmm.memory",
+    "Runs": "pyvmm.memory.trace",
+    "Trace": "pyvmm.memory.trace",
     "Registers": "pyvmm.vcpu",
     "State": "pyvmm.state",
     "Gpa": "pyvmm.layout",
@@ -55,8 +58,10 @@ __all__ = [
     "PyvmmError",
     "Registers",
     "RunResult",
+    "Runs",
     "State",
     "StateError",
+    "Trace",
 ]
 
 

@@ -56,12 +56,16 @@ class Command:
         return function(arguments)
 
 
+_IMAGE = Option("guest", "one of `pyvmm guests`, or an image file", metavar="GUEST|FILE")
+_CPUS = Option("--cpus", "vCPUs, 1 to 64 (default 1)", int, 1, "N")
+_PAGES = Option("--pages", "large or small pages behind the RAM", default="auto", choices=("auto", "2m", "4k"))
+
 # What every command takes that runs a guest in the foreground (pyvmm.cli.run.Session).
 GUEST = (
-    Option("guest", "one of `pyvmm guests`, or an image file", metavar="GUEST|FILE"),
+    _IMAGE,
     Option("--mem", "RAM, such as 256M or 4G (default 64M)", default="64M", metavar="SIZE"),
-    Option("--cpus", "vCPUs, 1 to 64 (default 1)", int, 1, "N"),
-    Option("--pages", "large or small pages behind the RAM", default="auto", choices=("auto", "2m", "4k")),
+    _CPUS,
+    _PAGES,
     Option("--hugetlb", "take reserved 2 MiB pages (vm.nr_hugepages)", bool),
     Option("--append", "the guest's command line", default="", metavar='"K=V ..."'),
     Option("--initrd", "a file handed to the guest beside its image", metavar="FILE"),
@@ -100,6 +104,21 @@ COMMANDS = (
         "list the guests that pyvmm brings",
         "guests",
         Option("guest", "show this guest's options", metavar="GUEST", optional=True),
+    ),
+    Command(
+        "dirty",
+        "show what a guest writes over time, and what tracing it costs",
+        "dirty",
+        _IMAGE,
+        Option("--tracker", "one way to trace, or all that work here (default all)", default="all", metavar="NAME"),
+        Option("--seconds", "how long it is traced (default 3)", float, 3.0, "N"),
+        Option("--interval", "time between two looks (default 100)", int, 100, "MS"),
+        Option("--pause", "install the trace while all vCPUs stand, to compare", bool),
+        Option("--mem", "RAM, such as 256M or 4G (default 256M)", default="256M", metavar="SIZE"),
+        _CPUS,
+        _PAGES,
+        Option("--append", "the guest's command line (touch: pattern=zipf)", metavar='"K=V ..."'),
+        Option("--json", "data instead of curves", bool),
     ),
     Command(
         "bench",

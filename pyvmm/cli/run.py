@@ -128,7 +128,7 @@ class _Run(Session):
 
     def prepare(self, vm: VM) -> None:
         if self.args.trace is not None:
-            vm.trace(self.args.trace, lambda line: print(line, file=sys.stderr, flush=True))
+            vm.single_step(self.args.trace, lambda line: print(line, file=sys.stderr, flush=True))
 
     def wait(self, vm: VM) -> RunResult | None:
         if self.args.live:

@@ -124,7 +124,7 @@ class VmFd(KvmFd):
         self.ioctl("KVM_GET_DIRTY_LOG", log, slot=slot)
         return bitmap
 
-    def clear_dirty_log(self, slot: int, first_page: int, pages: int, bitmap: bytearray) -> None:
+    def clear_dirty_log(self, slot: int, first_page: int, pages: int, bitmap: bytearray | memoryview) -> None:
         """Clears and write-protects anew the pages whose bits are set; `first_page` a multiple of 64."""
         log = ffi.new("struct kvm_clear_dirty_log *")
         log.slot, log.first_page, log.num_pages = slot, first_page, pages

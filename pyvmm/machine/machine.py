@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pyvmm.image.symbols import Symbols
     from pyvmm.memory.engine import Engine
     from pyvmm.memory.space import Pages
+    from pyvmm.memory.trace import Rings, Target, Trace
     from pyvmm.state import State
 
 # In the hole below 4 GiB, for VT-x without "unrestricted guest" (KVM api.rst, 4.36 and 4.42).
@@ -40,7 +41,8 @@ class VM:
     """One virtual machine. A context manager: at its end the guest is stopped and everything is given back.
 
     memory: size of RAM, bytes or "256M"; cpus: vCPUs, 1 to 64; pages, hugetlb: see GuestMemory;
-    output: called with what the guest prints (bytes), on a vCPU's thread; without one it is kept in `printed`.
+    output: called with what the guest prints (bytes), on a vCPU's thread; without one it is kept in `printed`;
+    dirty_ring: entries of each vCPU's dirty ring, a power of two, for trace("ring"), which then is the only tracker.
     Raises BadInput for values that cannot be, HostError where the host cannot.
     """
 
@@ -51,6 +53,7 @@ class VM:
         pages: Pages = "auto",
         hugetlb: bool = False,
         output: Callable[[bytes], None] | None = None,
+        dirty_ring: int = 0,
     ) -> None:
         size = parse_size(memory)
         if not 1 <= cpus <= lib.PV_MAX_CPUS:
@@ -67,6 +70,9 @@ class VM:
             self.memory = GuestMemory(size, pages, hugetlb, address_bits(cpuid))
             stack.callback(self.memory.close)
             self._fd = stack.enter_context(kvm.create_vm())
+            self._rings = self._make_rings(stack, dirty_ring) if dirty_ring else None
+            self._target: Target | None = None  # of write traces
+            stack.callback(self._abandon_trace)  # when no vCPU runs any more, and before the VM's descriptor goes
             for slot, region in enumerate(self.memory.regions):
                 hva = Hva(self.memory.hva(region.gpa).value)
                 self._fd.set_user_memory_region(slot, region.gpa, region.size, hva)
@@ -83,6 +89,8 @@ class VM:
                 fd = stack.enter_context(self._fd.create_vcpu(index, mmap_size))
                 fd.set_cpuid2(cpuid_for(cpuid, index, cpus, fd.tsc_khz()))
                 self.vcpus.append(Vcpu(fd, self._ports))
+                if self._rings is not None:
+                    self._rings.attach(self.vcpus[-1].native)
             if cpus > 1:
                 # KVM's map of APIC ids is drawn while a vCPU is created and lacks that vCPU; a LAPIC set anew redraws
                 # it. Else an IPI would get lost if the guest sent one before it wrote a LAPIC's registers.
@@ -297,15 +305,32 @@ class VM:
         saved.restore(self._fd, self.vcpus, self._board, self.memory.size, state)
         self._image_path = self._image_path or "restored state"
 
+    # ---- what it writes ----
+
+    def trace(self, tracker: str = "bitmap", **options: object) -> Trace:
+        """A write trace, not started: which pages were written since last asked (pyvmm.memory.trace).
+
+        tracker: "bitmap", "manual" or "ring"; options: the tracker's own, such as chunk="8M" of manual.
+        Raises BadInput for a tracker or option that is none, HostError where this host or VM does not have it.
+        """
+        from pyvmm.machine.tracing import make_trace
+        from pyvmm.memory.trace import Target
+
+        self._life.require_open()
+        if self._target is None:
+            vcpus = [vcpu.native for vcpu in self.vcpus]
+            self._target = Target(self._fd, self.memory, vcpus, self._rings, self._life.require_open)
+        return make_trace(tracker, self._target, options)
+
     # ---- stepping ----
 
-    def trace(self, steps: int, show: Callable[[str], None]) -> None:
+    def single_step(self, steps: int, show: Callable[[str], None]) -> None:
         """Single-steps the first `steps` instructions of vCPU 0 after the start, each shown as a line."""
         from pyvmm.machine.stepper import Stepper
 
         self._life.require_open()
         if self.started:
-            raise LifecycleError("a trace begins with the guest: ask for it before start()")
+            raise LifecycleError("stepping begins with the guest: ask for it before start()")
         self._exits.on_debug = Stepper(self.vcpus[0], self.memory, self._symbols(), steps, show)
 
     # ---- inside ----
@@ -322,6 +347,17 @@ class VM:
         engine.on_failure = self._life.hold
         for vcpu in self.vcpus:
             engine.attach_vcpu(vcpu.native)
+
+    def _make_rings(self, stack: ExitStack, entries: int) -> Rings:
+        from pyvmm.memory.trace import Rings
+
+        rings = Rings(self._fd, self.memory, entries)
+        stack.callback(rings.close)
+        return rings
+
+    def _abandon_trace(self) -> None:
+        if self._target is not None:
+            self._target.close()
 
     def _irq_line(self, irq: int) -> Callable[[bool], None]:
         return lambda level: self._fd.irq_line(irq, level)

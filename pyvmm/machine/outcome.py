@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from pyvmm._native import ffi, lib
 from pyvmm.errors import EXIT_TIMEOUT
+from pyvmm.layout import Gpa
 from pyvmm.record import Record
 
 TYPE_CHECKING = False
@@ -46,26 +47,35 @@ TIMED_OUT = RunResult("timeout", EXIT_TIMEOUT)
 
 
 class Work(Record):
-    """One vCPU's counters in the progress page; what a unit of `count` is, is the guest's (guest/abi.h)."""
+    """One vCPU's counters in the progress page; what a unit of `count` is, is the guest's (guest/abi.h).
 
-    __slots__ = ("count", "index", "passes", "writes")
+    longest_gap: the longest time between two units of work, TSC ticks, where the guest keeps it.
+    """
 
-    def __init__(self, count: int, writes: int, passes: int, index: int) -> None:
+    __slots__ = ("count", "index", "longest_gap", "passes", "writes")
+
+    def __init__(self, count: int, writes: int, passes: int, index: int, longest_gap: int) -> None:
         self.count = count
         self.writes = writes
         self.passes = passes
         self.index = index
+        self.longest_gap = longest_gap
+
+
+def gap_gpa(cpu: int) -> Gpa:
+    """Where vCPU `cpu` keeps longest_gap, a 64-bit word: the host may write 0 there, and it begins anew."""
+    return Gpa(lib.PV_PROGRESS_GPA) + ffi.offsetof("struct pv_progress", "work", cpu, "longest_gap")
 
 
 class Progress(Record):
     """A guest's progress page, as it was when it was read (guest/abi.h, struct pv_progress).
 
     status: "booting" (or a guest that keeps none), "running", "done" or "failed"; wrong_gpa, wrong_expected and
-    wrong_found: the first wrong byte, where the guest found one.
+    wrong_found: the first wrong byte, where the guest found one; tsc_khz: of longest_gap, 0 where it is not kept.
     """
 
     __slots__ = (
-        "detail", "guest", "region_gpa", "region_size", "seed", "status", "work",
+        "detail", "guest", "region_gpa", "region_size", "seed", "status", "tsc_khz", "work",
         "wrong_expected", "wrong_found", "wrong_gpa",
     )  # fmt: skip
 
@@ -81,8 +91,9 @@ class Progress(Record):
         self.wrong_gpa: int = raw.wrong_gpa
         self.wrong_expected: int = raw.wrong_expected
         self.wrong_found: int = raw.wrong_found
+        self.tsc_khz: int = raw.tsc_khz
         cpus = min(raw.cpus, lib.PV_MAX_CPUS) if valid else 0  # the guest may have written anything
-        self.work = [Work(w.count, w.writes, getattr(w, "pass"), w.index) for w in raw.work[0:cpus]]
+        self.work = [Work(w.count, w.writes, getattr(w, "pass"), w.index, w.longest_gap) for w in raw.work[0:cpus]]
 
     @property
     def count(self) -> int:
@@ -93,3 +104,10 @@ class Progress(Record):
     def passes(self) -> int:
         """Passes over the region that every vCPU has completed."""
         return min((work.passes for work in self.work), default=0)
+
+    @property
+    def longest_gap(self) -> float | None:
+        """Seconds of the longest time in which a vCPU did no work; None where the guest does not keep it."""
+        if not self.tsc_khz:
+            return None
+        return max((work.longest_gap for work in self.work), default=0) / self.tsc_khz / 1e3

@@ -206,7 +206,7 @@ class Engine:
         if not 0 <= block < self._pages // BLOCK_PAGES:
             raise MemoryAccessError(f"block {block} is not (wholly) RAM: the VM has {self._pages // BLOCK_PAGES}")
         result = self._call(function, block, equip=equip)
-        if result == -errno.EBUSY:
+        if result in (-errno.EBUSY, -errno.EAGAIN):
             raise HostError(f"block {block} is in use: a view of it is held, or the kernel works with one of its pages")
         check(result, call, block=block)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import errno
 import threading
+from contextlib import suppress
+from itertools import count
 
 from pyvmm._native import ffi, lib
 from pyvmm.errors import BadInput, HostError, MemoryAccessError, check
@@ -36,6 +38,7 @@ class GuestMemory:
     `hugetlb` takes reserved 2 MiB pages of hugetlbfs instead. `untouched`: nothing has been written or viewed yet;
     `backing`: `pages` as it was given.
     Pages may be away (`engine`): whatever is read, written or viewed here is brought back first, and stays meanwhile.
+    `on_write`: is told of each write of ours, after it, as (first page, pages) of the mapping; None: no trace runs.
     """
 
     def __init__(self, size: int, pages: Pages = "auto", hugetlb: bool = False, address_bits: int = 48) -> None:
@@ -57,7 +60,9 @@ class GuestMemory:
         """Called with the engine when it is first asked for."""
         self._engine: Engine | None = None
         self._making = threading.Lock()
-        self._views: list[tuple[weakref.ref[memoryview], int, int]] = []
+        self.on_write: Callable[[int, int], None] | None = None
+        self._views: dict[int, _View] = {}
+        self._view_numbers = count()
         if pages == "auto" and not hugetlb:
             check(lib.pv_madvise(self._base, min(size, BLOCK_SIZE), lib.MADV_NOHUGEPAGE), "madvise")
 
@@ -87,9 +92,8 @@ class GuestMemory:
                 engine = Engine(self._mapping(), self.size, small)
                 engine.name_page = lambda page: f"gfn {self.gpa_of(page).gfn.value:#x}"
                 self.on_engine(engine)
-                for view, first, count in self._views:
-                    if view() is not None:
-                        engine.pin(first, count)
+                for view in list(self._views.values()):
+                    view.pin(engine)
                 self._engine = engine
             return self._engine
 
@@ -155,40 +159,53 @@ class GuestMemory:
         self.untouched = False
         with self._present(offset, size):
             lib.pv_copy(mapping + offset, source, size)
+        self._wrote(*_page_range(offset, size))
 
     def zero(self, gpa: Gpa, size: int) -> None:
         """Writes zeros. Raises MemoryAccessError unless the whole range is RAM."""
         mapping, offset = self._mapping(), self._offset(gpa, size)
         with self._present(offset, size):
             lib.pv_zero(mapping + offset, size)
+        self._wrote(*_page_range(offset, size))
 
     def view(self, gpa: Gpa, size: int) -> memoryview:
         """A writable view of guest memory, without a copy; it stays valid, and the memory mapped, while it is held.
 
-        Nor are its pages taken away meanwhile: hold it no longer than needed.
+        Nor are its pages taken away meanwhile, and for a write trace all of it counts as written: hold it, or a slice
+        of it, no longer than needed.
         """
-        import weakref
-
         mapping, offset = self._mapping(), self._offset(gpa, size)
         self.untouched = False
-        whole = ffi.buffer(mapping, self.size)
-        first, count = _pages(offset, size)
-        with self._making:
-            self._views = [known for known in self._views if known[0]() is not None]
-            self._views.append((weakref.ref(whole), first, count))
-            engine = self._engine
-        if engine is not None:
-            engine.pin(first, count)
-        weakref.finalize(whole, self._unpin, first, count)
-        return memoryview(whole)[offset : offset + size]
+        buffer = ffi.buffer(mapping, self.size)
+        self._watch(buffer, *_page_range(offset, size))
+        return memoryview(buffer)[offset : offset + size]
 
-    def _unpin(self, first: int, count: int) -> None:
-        if self._engine is not None:
-            self._engine.unpin(first, count)
+    def written_views(self) -> list[tuple[int, int]]:
+        """(first page, pages) in the mapping of each view that is held: who holds one may be writing there."""
+        return [(view.first, view.pages) for view in list(self._views.values())]
+
+    def _watch(self, buffer: memoryview, first: int, pages: int) -> None:
+        from weakref import ref
+
+        number = next(self._view_numbers)
+
+        def gone(_: object) -> None:
+            self._wrote(first, pages)  # before it is forgotten: a collection meanwhile sees one or the other
+            self._views.pop(number).unpin()
+
+        with self._making:  # not in gone(), which may run at any moment, also while this is held
+            view = self._views[number] = _View(ref(buffer, gone), first, pages)
+            if self._engine is not None:
+                view.pin(self._engine)
+
+    def _wrote(self, first: int, pages: int) -> None:
+        # Looked up after the write: a trace that was started meanwhile must hear of it.
+        if (hook := self.on_write) is not None:
+            hook(first, pages)
 
     def _present(self, offset: int, size: int) -> _Pinned | _Nothing:
         """Within its `with`, these bytes are in the guest's mapping. Raises FetchError."""
-        return _NOTHING if self._engine is None else _Pinned(self._engine, *_pages(offset, size))
+        return _NOTHING if self._engine is None else _Pinned(self._engine, *_page_range(offset, size))
 
     def __getitem__(self, where: slice) -> bytes:
         gpa, size = self._range(where)
@@ -205,6 +222,28 @@ class GuestMemory:
             raise BadInput("guest memory takes slices with both ends and no step: memory[gpa : gpa + size]")
         start, stop = Gpa(where.start.__index__()), Gpa(where.stop.__index__())
         return start, stop - start
+
+
+class _View:
+    """A view that is held. `reference` keeps the weak reference alive that tells of its end."""
+
+    __slots__ = ("_pins", "first", "pages", "reference")
+
+    def __init__(self, reference: weakref.ref[memoryview], first: int, pages: int) -> None:
+        self.reference = reference
+        self.first = first
+        self.pages = pages
+        self._pins: list[Engine] = []  # at most one; append and pop are atomic
+
+    def pin(self, engine: Engine) -> None:
+        engine.pin(self.first, self.pages)
+        self._pins.append(engine)
+        if self.reference() is None:  # it ended meanwhile: whoever comes second to unpin() finds nothing
+            self.unpin()
+
+    def unpin(self) -> None:
+        with suppress(IndexError):
+            self._pins.pop().unpin(self.first, self.pages)
 
 
 class _Pinned:
@@ -230,10 +269,10 @@ class _Nothing:
 _NOTHING = _Nothing()
 
 
-def _pages(offset: int, size: int) -> tuple[int, int]:
-    """First page and number of pages of a range of bytes."""
+def _page_range(offset: int, size: int) -> tuple[int, int]:
+    """(first page, pages) that `size` bytes at `offset` lie in."""
     first = offset // PAGE_SIZE
-    return first, -(-(offset + size) // PAGE_SIZE) - first if size else 0
+    return first, (offset + size - 1) // PAGE_SIZE - first + 1 if size else 0
 
 
 def _check_size(size: int, hugetlb: bool, address_bits: int) -> None:

@@ -258,7 +258,8 @@ USES = {
     "mappings": lambda vm: vm.mappings(),
     "save": lambda vm: vm.save(),
     "restore": lambda vm: vm.restore(None),
-    "trace": lambda vm: vm.trace(1, print),
+    "single_step": lambda vm: vm.single_step(1, print),
+    "trace": lambda vm: vm.trace(),
 }
 
 
@@ -300,7 +301,7 @@ OUT_OF_ORDER = {
     "resume twice": (lambda vm: (vm.load("timer"), vm.start(), vm.pause(), vm.resume(), vm.resume()), "not paused"),
     "registers while it runs": (lambda vm: (vm.load("faults", "kind=hang"), vm.start(), vm.regs()), "running: pause"),
     "save while it runs": (lambda vm: (vm.load("faults", "kind=hang"), vm.start(), vm.save()), "running: pause"),
-    "trace while it runs": (lambda vm: (vm.load("timer"), vm.start(), vm.trace(1, print)), "before start"),
+    "step while it runs": (lambda vm: (vm.load("timer"), vm.start(), vm.single_step(1, print)), "before start"),
     "restore while it runs": (lambda vm: (vm.load("timer"), vm.start(), vm.restore(None)), "has not started"),
 }
 

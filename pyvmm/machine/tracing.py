@@ -1,0 +1,29 @@
+# tracing.py: a write trace for a VM, after asking the host whether the tracker works there.
+"""`make_trace()`: the trackers' table (pyvmm.memory.trace) and what this host can do (pyvmm.host), together."""
+
+from __future__ import annotations
+
+from pyvmm import host
+from pyvmm.errors import HostError
+from pyvmm.memory import trace
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pyvmm.memory.trace import Target, Trace
+
+
+def why_not(tracker: str) -> str:
+    """Why this host does not have the tracker, and what helps; "" where it has. Raises BadInput for an unknown one."""
+    for feature in trace.tracker(tracker).features:
+        found = host.finding(feature)
+        if not found.ok:
+            return f"{found.title}: {found.value}; {found.remedy}"
+    return ""
+
+
+def make_trace(tracker: str, target: Target, options: dict[str, object]) -> Trace:
+    """A trace, not started. Raises BadInput for an unknown tracker or option, HostError where it is not there."""
+    reason = why_not(tracker)
+    if reason:
+        raise HostError(f"no tracker {tracker} here: {reason}")
+    return trace.make_trace(tracker, target, options)
