@@ -7,10 +7,10 @@ import json
 import sys
 from importlib import import_module
 
-from rich.console import Console
 from rich.table import Table
 
 from pyvmm.bench import Result
+from pyvmm.cli.output import Output
 from pyvmm.cli.parse import Arguments
 from pyvmm.errors import BadInput
 
@@ -40,5 +40,5 @@ def run(args: Arguments) -> int:
     for r in results:
         figures = (f"{value:,.1f} {r.unit}" for value in (r.median, min(r.values), max(r.values)))
         table.add_row(r.name, *figures, f"{r.median / results[0].median:.2f}")
-    Console().print(table)
+    Output().print(table)
     return 0

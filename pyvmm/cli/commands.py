@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 class Option:
     """One option or, without dashes in its name, one positional argument.
 
-    kind: str, int, float, or bool for a flag; default: where it is not given (a flag: False); choices: allowed values.
+    kind: str, int, float, or bool for a flag; default: where it is not given (a flag: False); choices: allowed values;
+    repeated: it can be given again and again, and all that is given is a list.
     """
 
     def __init__(
@@ -27,14 +28,16 @@ class Option:
         metavar: str | None = None,
         choices: tuple[str, ...] | None = None,
         optional: bool = False,
+        repeated: bool = False,
     ) -> None:
         self.name = name
         self.help = help
         self.kind = kind
-        self.default = False if kind is bool else default
+        self.default = False if kind is bool else [] if repeated else default
         self.metavar = metavar
         self.choices = choices
         self.optional = optional
+        self.repeated = repeated
         self.positional = not name.startswith("-")
         self.field = name.lstrip("-").replace("-", "_")
 
@@ -53,24 +56,48 @@ class Command:
         return function(arguments)
 
 
+_IMAGE = Option("guest", "one of `pyvmm guests`, or an image file", metavar="GUEST|FILE")
+_CPUS = Option("--cpus", "vCPUs, 1 to 64 (default 1)", int, 1, "N")
+_PAGES = Option("--pages", "large or small pages behind the RAM", default="auto", choices=("auto", "2m", "4k"))
+
+# What every command takes that runs a guest in the foreground (pyvmm.cli.run.Session).
+GUEST = (
+    _IMAGE,
+    Option("--mem", "RAM, such as 256M or 4G (default 64M)", default="64M", metavar="SIZE"),
+    _CPUS,
+    _PAGES,
+    Option("--hugetlb", "take reserved 2 MiB pages (vm.nr_hugepages)", bool),
+    Option("--append", "the guest's command line", default="", metavar='"K=V ..."'),
+    Option("--initrd", "a file handed to the guest beside its image", metavar="FILE"),
+    Option("--format", "pvh, multiboot, flat16 or flat64, where the file does not say", metavar="NAME"),
+    Option("--at", "load address of a flat image, such as 0x7c00", metavar="ADDRESS"),
+    Option("--timeout", "end the guest then, with status 124", float, metavar="SECONDS"),
+)
+
 COMMANDS = (
     Command(
         "run",
         "run a guest",
         "run",
-        Option("guest", "one of `pyvmm guests`, or an image file", metavar="GUEST|FILE"),
-        Option("--mem", "RAM, such as 256M or 4G (default 64M)", default="64M", metavar="SIZE"),
-        Option("--cpus", "vCPUs, 1 to 64 (default 1)", int, 1, "N"),
-        Option("--pages", "large or small pages behind the RAM", default="auto", choices=("auto", "2m", "4k")),
-        Option("--hugetlb", "take reserved 2 MiB pages (vm.nr_hugepages)", bool),
-        Option("--append", "the guest's command line", default="", metavar='"K=V ..."'),
-        Option("--initrd", "a file handed to the guest beside its image", metavar="FILE"),
-        Option("--format", "pvh, multiboot, flat16 or flat64, where the file does not say", metavar="NAME"),
-        Option("--at", "load address of a flat image, such as 0x7c00", metavar="ADDRESS"),
-        Option("--timeout", "end the guest then, with status 124", float, metavar="SECONDS"),
+        *GUEST,
         Option("--stats", "print exits, mappings and rates at the end", bool),
         Option("--live", "show the guest's progress while it runs", bool),
         Option("--trace", "single-step the first N instructions, and show them", int, metavar="N"),
+    ),
+    Command(
+        "pages",
+        "run a guest, and show and change where its pages are",
+        "pages",
+        *GUEST,
+        Option("--seconds", "look then, do what is asked, and look again as long after (default 1)", float, 1.0, "S"),
+        Option(
+            "--do",
+            "remove, zero, install, split, merge or break 2 MiB blocks, such as 3, 3-9, 3,5,8-10 or all",
+            metavar="OP:BLOCKS",
+            repeated=True,
+        ),
+        Option("--png", "the map as a picture too", metavar="FILE"),
+        Option("--json", "one JSON object instead of tables and maps", bool),
     ),
     Command(
         "guests",
@@ -82,14 +109,14 @@ COMMANDS = (
         "dirty",
         "show what a guest writes over time, and what tracing it costs",
         "dirty",
-        Option("guest", "one of `pyvmm guests`, or an image file", metavar="GUEST|FILE"),
+        _IMAGE,
         Option("--tracker", "one way to trace, or all that work here (default all)", default="all", metavar="NAME"),
         Option("--seconds", "how long it is traced (default 3)", float, 3.0, "N"),
         Option("--interval", "time between two looks (default 100)", int, 100, "MS"),
         Option("--pause", "install the trace while all vCPUs stand, to compare", bool),
         Option("--mem", "RAM, such as 256M or 4G (default 256M)", default="256M", metavar="SIZE"),
-        Option("--cpus", "vCPUs, 1 to 64 (default 1)", int, 1, "N"),
-        Option("--pages", "large or small pages behind the RAM", default="auto", choices=("auto", "2m", "4k")),
+        _CPUS,
+        _PAGES,
         Option("--append", "the guest's command line (touch: pattern=zipf)", metavar='"K=V ..."'),
         Option("--json", "data instead of curves", bool),
     ),

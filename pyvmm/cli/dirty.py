@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pyvmm.bench.dirty import Measured, Plan, measure
+from pyvmm.cli.output import Output
 from pyvmm.cli.parse import Arguments
 from pyvmm.errors import BadInput, HostError
 from pyvmm.layout import PAGE_SIZE, format_size, parse_size
@@ -38,7 +39,7 @@ def run(args: Arguments) -> int:
             found.append(measure(row, plan))
         if not args.json:
             if len(found) == 1:
-                console = Console(highlight=False)
+                console = Output()
                 console.print(Text(_title(plan), "bold"))
             _show(console, row, found[-1])
     if args.json:

@@ -32,9 +32,9 @@ def run(args: Arguments) -> int:
     elif args.summary:
         print(summary_line())
     else:
-        from rich.console import Console
+        from pyvmm.cli.output import Output
 
-        show(Console(highlight=False), findings, facts)
+        show(Output(), findings, facts)
     return 0 if _can_run(findings) else EXIT_NO_GUESTS
 
 

@@ -37,7 +37,7 @@ def parse_plain(argv: Sequence[str]) -> tuple[Command, Arguments] | None:
     command = next((command for command in COMMANDS if argv and command.name == argv[0]), None)
     if command is None:
         return None
-    values = {option.field: option.default for option in command.options}
+    values: dict[str, Any] = {option.field: option.default for option in command.options}
     named = {option.name: option for option in command.options}
     positional = [option for option in command.options if option.positional]
     words = iter(argv[1:])
@@ -57,9 +57,10 @@ def parse_plain(argv: Sequence[str]) -> tuple[Command, Arguments] | None:
         if text.startswith("-") or (option.choices and text not in option.choices):
             return None
         try:
-            values[option.field] = option.kind(text)
+            value = option.kind(text)
         except ValueError:
             return None
+        values[option.field] = [*values[option.field], value] if option.repeated else value
     if any(not option.optional for option in positional):
         return None
     return command, Arguments(values)
@@ -101,6 +102,7 @@ def _add(parser: argparse.ArgumentParser, option: Option) -> None:
         metavar=option.metavar,
         choices=option.choices,
         help=option.help,
+        action="append" if option.repeated else "store",
         **({"nargs": "?"} if option.optional else {}),  # type: ignore[arg-type]
     )
 

@@ -73,6 +73,10 @@ def print_stats(vm: VM, seconds: float) -> None:
         table.add_row(f"{progress.guest}: work", f"{progress.count:,} ({_rate(progress.count / seconds)}/s)")
     for reason, count in sorted(stats["exits"].items(), key=lambda row: -row[1]):
         table.add_row(f"exits: {reason}", f"{count:,} ({_rate(count / seconds)}/s)")
+    if not vm.memory.hugetlb:  # whose pages are neither of these
+        pages = dict(vm.memory.pages().rows())
+        shown = ", ".join(f"{pages[kind]:,} {kind}" for kind in ("large", "small", "untouched"))
+        table.add_row("memory: pages of 4 KiB", shown)
     for name, count in vm.mappings().items():
         table.add_row(f"mapped at the end: {name}", f"{count:,}")
     for kind in ("kvm", "vcpus"):

@@ -57,57 +57,102 @@ class _Signals:
                 _thread.start_new_thread(self._stop, (EXIT_SIGNAL + number,))
 
 
-def run(args: Arguments) -> int:
-    """The command: returns the guest's status, 124 after --timeout, 125 after a crash, 128+n after signal n."""
-    if args.timeout is not None and not 0 < args.timeout < 1e9:
-        raise BadInput(f"--timeout {args.timeout:g}: give seconds above 0")
-    if args.trace is not None and args.trace < 1:
-        raise BadInput(f"--trace {args.trace}: give a number of instructions, 1 or more")
-    with _Signals() as signals:
-        return _run(args, signals)
+class Session:
+    """One guest in the foreground, its console on this terminal: what all commands have in common that run one.
+
+    What differs is overridden: prepare() before the first instruction, wait() while the guest runs, finish() after it.
+    """
+
+    stdout = 1
+    """The descriptor that the guest prints to."""
+
+    def __init__(self, args: Arguments) -> None:
+        self.args = args
+        if args.timeout is not None:
+            check_seconds("--timeout", args.timeout)
+
+    def prepare(self, vm: VM) -> None:
+        """The guest is loaded."""
+
+    def wait(self, vm: VM) -> RunResult | None:
+        """The guest runs. Returns how it ended, a result with reason "timeout" after --timeout, or None: it has run
+        for long enough, and is ended with status 0."""
+        return vm.wait(self.args.timeout)
+
+    def finish(self, vm: VM, seconds: float) -> None:
+        """The guest has ended without a crash, after so many seconds, and the terminal is as it was."""
+
+    def run(self) -> int:
+        """Returns the guest's status, 124 after --timeout, 125 after a crash, 128+n after signal n."""
+        with _Signals() as signals:
+            return self._run(signals)
+
+    def _run(self, signals: _Signals) -> int:
+        args = self.args
+        with VM(memory=args.mem, cpus=args.cpus, pages=args.pages, hugetlb=args.hugetlb) as vm:
+            vm.load(args.guest, args.append, args.initrd, args.format, _address(args.at))
+            self.prepare(vm)
+            with Console(vm.serial, _usable_stdin(), self.stdout) as console:
+                vm.serial.output = console.output
+                console.on_leave = vm.request_stop
+                console.on_broken = lambda: vm.request_stop(_BROKEN_PIPE)
+
+                def stop(status: int) -> None:
+                    vm.request_stop(status)
+                    console.abandon()  # its reader may never come
+
+                signals.watch(stop)
+                begin = time.monotonic()
+                vm.start()
+                try:
+                    result = self.wait(vm)
+                except GuestCrash as crash:
+                    console.close()  # the report belongs on a sane terminal
+                    print(f"\n{crash.report.rstrip()}\n\npyvmm: {crash}", file=sys.stderr)
+                    return crash.exit_code
+                seconds = time.monotonic() - begin
+            if result is None or result.reason == "timeout":
+                if result is not None:
+                    print(f"pyvmm: the guest did not end within {args.timeout:g} s", file=sys.stderr)
+                console.abandon()
+                vm.stop()
+            self.finish(vm, seconds)
+            return 0 if result is None else result.status
 
 
-def _run(args: Arguments, signals: _Signals) -> int:
-    with VM(memory=args.mem, cpus=args.cpus, pages=args.pages, hugetlb=args.hugetlb) as vm:
-        vm.load(args.guest, args.append, args.initrd, args.format, _address(args.at))
-        if args.trace is not None:
-            vm.single_step(args.trace, lambda line: print(line, file=sys.stderr, flush=True))
-        with Console(vm.serial, _usable_stdin()) as console:
-            vm.serial.output = console.output
-            console.on_leave = vm.request_stop
-            console.on_broken = lambda: vm.request_stop(_BROKEN_PIPE)
+class _Run(Session):
+    def __init__(self, args: Arguments) -> None:
+        super().__init__(args)
+        if args.trace is not None and args.trace < 1:
+            raise BadInput(f"--trace {args.trace}: give a number of instructions, 1 or more")
 
-            def stop(status: int) -> None:
-                vm.request_stop(status)
-                console.abandon()  # its reader may never come
+    def prepare(self, vm: VM) -> None:
+        if self.args.trace is not None:
+            vm.single_step(self.args.trace, lambda line: print(line, file=sys.stderr, flush=True))
 
-            signals.watch(stop)
-            begin = time.monotonic()
-            vm.start()
-            try:
-                result = _wait(vm, args)
-            except GuestCrash as crash:
-                console.close()  # the report belongs on a sane terminal
-                print(f"\n{crash.report.rstrip()}\n\npyvmm: {crash}", file=sys.stderr)
-                return crash.exit_code
-            seconds = time.monotonic() - begin
-        if result.reason == "timeout":
-            print(f"pyvmm: the guest did not end within {args.timeout:g} s", file=sys.stderr)
-            console.abandon()
-            vm.stop()
-        if args.stats:
+    def wait(self, vm: VM) -> RunResult | None:
+        if self.args.live:
+            from pyvmm.cli.report import wait_live
+
+            return wait_live(vm, self.args.timeout)
+        return super().wait(vm)
+
+    def finish(self, vm: VM, seconds: float) -> None:
+        if self.args.stats:
             from pyvmm.cli.report import print_stats
 
             print_stats(vm, seconds)
-        return result.status
 
 
-def _wait(vm: VM, args: Arguments) -> RunResult:
-    if args.live:
-        from pyvmm.cli.report import wait_live
+def run(args: Arguments) -> int:
+    """The command: returns the process's status."""
+    return _Run(args).run()
 
-        return wait_live(vm, args.timeout)
-    return vm.wait(args.timeout)
+
+def check_seconds(option: str, seconds: float) -> None:
+    """Raises BadInput for what is no time to wait."""
+    if not 0 < seconds < 1e9:
+        raise BadInput(f"{option} {seconds:g}: give seconds above 0")
 
 
 def _address(text: str | None) -> int | None:

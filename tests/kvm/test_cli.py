@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import select
 import signal
 import struct
@@ -86,6 +87,7 @@ def test_statistics_and_trace_go_to_stderr():
     done = call("run", "hello", "--stats", "--trace", "3")
     assert (done.returncode, done.stdout) == (0, "hello from a guest\n")
     assert "exits: io" in done.stderr
+    assert re.search(r"memory: pages of 4 KiB .* 0 large, \d+ small, 16,\d+ untouched", done.stderr)
     assert "pvh_start" in done.stderr
 
 
@@ -316,7 +318,9 @@ def test_a_reader_that_leaves_ends_the_guest(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["run", "hello"], ["guests"], ["guests", "hello"], ["doctor", "--json"]], ids=lambda value: value[0]
+    "arguments",
+    [["run", "hello"], ["guests"], ["guests", "hello"], ["doctor", "--json"], ["doctor"]],
+    ids=lambda value: value[0],
 )
 def test_a_closed_stdout_is_no_traceback(arguments):
     reader, writer = os.pipe()

@@ -19,6 +19,7 @@ WORDS = sorted(
 @example(["run", "--mem", "256M", "hello", "--stats"])
 @example(["run", "hello", "--append", ""])
 @example(["run", "hello", "--timeout", "2.5", "--cpus", "2"])
+@example(["pages", "hello", "--do", "split:1", "--json", "--do", "merge:all"])
 def test_plain_agrees_with_argparse(argv):
     plain = parse_plain(argv)
     if plain is None:
@@ -33,6 +34,7 @@ def test_plain_agrees_with_argparse(argv):
     [
         ["run", "hello"],
         ["run", "hello", "--mem", "1G", "--cpus", "4", "--pages", "2m", "--append", "a=1 b=2", "--timeout", "3"],
+        ["pages", "hello", "--do", "split:1", "--json", "--do", "merge:all"],
         ["guests"],
         ["doctor", "--json"],
     ],
@@ -44,7 +46,7 @@ def test_a_plain_line_needs_no_argparse(argv):
 @pytest.mark.parametrize(
     ("argv", "named"),
     [
-        ([], "give a command: run, guests, dirty, bench, doctor"),
+        ([], "give a command: run, pages, guests, dirty, bench, doctor"),
         (["fly"], "'fly'"),
         (["run"], "GUEST|FILE"),
         (["run", "hello", "--cpus", "two"], "'two'"),

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 SLOW = ("numpy", "rich", "capstone", "elftools", "typing", "dataclasses", "pathlib", "inspect", "asyncio")
-LATE = (*SLOW, "pyvmm.explain", "pyvmm.host", "pyvmm.cli.report")
+LATE = (*SLOW, "pyvmm.explain", "pyvmm.host", "pyvmm.cli.report", "pyvmm.cli.picture")
 
 # All that `pyvmm run hello` imports, KVM or not: the command itself is run as far as this host lets it.
 RUN = "from pyvmm.cli import main; main(['run', 'hello', '--timeout', '10'])"
