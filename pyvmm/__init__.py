@@ -11,10 +11,21 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pyvmm.errors import BadInput, GuestCrash, HostError, ImageError, KernelError, PyvmmError, StateError
+    from pyvmm.errors import (
+        BadInput,
+        FetchError,
+        GuestCrash,
+        HostError,
+        ImageError,
+        KernelError,
+        PyvmmError,
+        StateError,
+    )
     from pyvmm.layout import Gfn, Gpa, Hva
     from pyvmm.machine import VM, Progress, RunResult
     from pyvmm.memory import GuestMemory
+    from pyvmm.memory.counts import EngineStats, PageCounts
+    from pyvmm.memory.homes import Home
     from pyvmm.memory.trace import Runs, Trace
     from pyvmm.state import State
     from pyvmm.vcpu import Registers
@@ -27,6 +38,9 @@ _PUBLIC = {
     "Progress": "pyvmm.machine",
     "RunResult": "pyvmm.machine",
     "GuestMemory": "pyvmm.memory",
+    "Home": "pyvmm.memory.homes",
+    "PageCounts": "pyvmm.memory.counts",
+    "EngineStats": "pyvmm.memory.counts",
     "Runs": "pyvmm.memory.trace",
     "Trace": "pyvmm.memory.trace",
     "Registers": "pyvmm.vcpu",
@@ -36,6 +50,7 @@ _PUBLIC = {
     "Hva": "pyvmm.layout",
     "PyvmmError": "pyvmm.errors",
     "BadInput": "pyvmm.errors",
+    "FetchError": "pyvmm.errors",
     "GuestCrash": "pyvmm.errors",
     "HostError": "pyvmm.errors",
     "ImageError": "pyvmm.errors",
@@ -46,14 +61,18 @@ _PUBLIC = {
 __all__ = [
     "VM",
     "BadInput",
+    "EngineStats",
+    "FetchError",
     "Gfn",
     "Gpa",
     "GuestCrash",
     "GuestMemory",
+    "Home",
     "HostError",
     "Hva",
     "ImageError",
     "KernelError",
+    "PageCounts",
     "Progress",
     "PyvmmError",
     "Registers",
