@@ -55,6 +55,9 @@ struct pv_vcpu {
     uint64_t interrupted; /* returns of KVM_RUN with EINTR */
     struct pv_rings *rings; /* NULL without dirty rings */
     uint32_t kicked;      /* 1: is to leave the guest once, a futex: pv_wait_kicked waits on it */
+    uint64_t stretch_began; /* since it was last unparked, CLOCK_MONOTONIC in ns; 0: parked, ended or not begun */
+    uint64_t stretch_awake; /* ns that the thread had been awake by then */
+    uint64_t asleep_ns;     /* in earlier stretches */
 };
 
 /* Runs until Python must decide: returns PV_RUN_*, or -errno of KVM_RUN. Obeys `request`; parks in here on PAUSE.
@@ -66,6 +69,9 @@ int pv_run_bare(int vcpu_fd, uint64_t exits) PV_CHECKED;
 
 /* Sets the request and makes the vCPU thread look at it now, wherever it is. Any thread. */
 void pv_request(struct pv_vcpu *vcpu, uint32_t request);
+
+/* ns since its start in which the vCPU's thread neither ran, nor was ready to run, nor was parked. */
+uint64_t pv_asleep(const struct pv_vcpu *vcpu);
 
 /* The vCPU's thread will not call pv_run again: whoever waits for it to park is told. */
 void pv_end(struct pv_vcpu *vcpu);

@@ -3,10 +3,12 @@
 #include "native.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <limits.h>
 #include <linux/futex.h>
 #include <pthread.h>
 #include <signal.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/syscall.h>
@@ -81,13 +83,62 @@ static void set_place(struct pv_vcpu *vcpu, uint32_t place)
     answer_kick(vcpu);
 }
 
+static uint64_t now_ns(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000ull + (uint64_t)now.tv_nsec;
+}
+
+/* ns in which the vCPU's thread ran or was ready to, by the kernel (Documentation/scheduler/sched-stats.rst). */
+static uint64_t awake_ns(const struct pv_vcpu *vcpu)
+{
+    char path[64], text[96];
+    unsigned long long ran, ready;
+    snprintf(path, sizeof(path), "/proc/self/task/%u/schedstat", vcpu->tid);
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    ssize_t size = fd < 0 ? 0 : read(fd, text, sizeof(text) - 1);
+    if (fd >= 0)
+        close(fd);
+    text[size > 0 ? size : 0] = '\0';
+    return sscanf(text, "%llu %llu", &ran, &ready) == 2 ? ran + ready : 0;
+}
+
+/* A stretch of time in which the vCPU is not parked. */
+static void stretch_begins(struct pv_vcpu *vcpu)
+{
+    vcpu->stretch_awake = awake_ns(vcpu);
+    __atomic_store_n(&vcpu->stretch_began, now_ns(), __ATOMIC_RELEASE);
+}
+
+static uint64_t asleep_in_stretch(const struct pv_vcpu *vcpu)
+{
+    uint64_t began = __atomic_load_n(&vcpu->stretch_began, __ATOMIC_ACQUIRE); /* 0: parked, ended, or not begun */
+    uint64_t all = began ? now_ns() - began : 0, awake = began ? awake_ns(vcpu) - vcpu->stretch_awake : 0;
+    return all > awake ? all - awake : 0;
+}
+
+static void stretch_ends(struct pv_vcpu *vcpu)
+{
+    uint64_t asleep = asleep_in_stretch(vcpu);
+    __atomic_store_n(&vcpu->stretch_began, 0, __ATOMIC_RELEASE);
+    __atomic_fetch_add(&vcpu->asleep_ns, asleep, __ATOMIC_RELAXED);
+}
+
+uint64_t pv_asleep(const struct pv_vcpu *vcpu)
+{
+    return __atomic_load_n(&vcpu->asleep_ns, __ATOMIC_RELAXED) + asleep_in_stretch(vcpu);
+}
+
 static void park(struct pv_vcpu *vcpu)
 {
+    stretch_ends(vcpu);
     set_place(vcpu, PV_PLACE_PARKED);
     futex_wake(&vcpu->place);
     while (__atomic_load_n(&vcpu->request, __ATOMIC_ACQUIRE) == PV_REQUEST_PAUSE)
         futex_wait(&vcpu->request, PV_REQUEST_PAUSE, NULL);
     set_place(vcpu, PV_PLACE_RUNNING);
+    stretch_begins(vcpu);
 }
 
 /* A port access that no device claims: answered here. Returns 0 if a device claims any of its bytes. */
@@ -151,6 +202,7 @@ int pv_run(struct pv_vcpu *vcpu)
     if (vcpu->tid != tid) {
         block_foreign_signals();
         __atomic_store_n(&vcpu->tid, tid, __ATOMIC_SEQ_CST);
+        stretch_begins(vcpu);
     }
     set_place(vcpu, PV_PLACE_RUNNING);
     int result = run_loop(vcpu);
@@ -168,6 +220,7 @@ int pv_run_bare(int vcpu_fd, uint64_t exits)
 
 void pv_end(struct pv_vcpu *vcpu)
 {
+    stretch_ends(vcpu);
     set_place(vcpu, PV_PLACE_ENDED);
     futex_wake(&vcpu->place);
 }

@@ -210,14 +210,15 @@ def operations_table(console: Console, operations: Mapping[str, Operation]) -> T
 
 
 def stalls_table(console: Console, stats: EngineStats) -> Table:
-    """Who waited for pages, how often and how long. KVM's workers fetch pages for vCPUs that do something else
-    meanwhile, or halt."""
-    table = new_table(console, "waited", "faults", "in all", "mean", "longest")
+    """Who waited for pages, how often and how long. KVM's workers fetch pages for vCPUs, which halt meanwhile: that and
+    all other sleep of a vCPU is in its last column."""
+    table = new_table(console, "waited", "faults", "in all", "mean", "longest", "vCPU asleep")
     rows: list[tuple[str, Stall]] = [(f"vCPU {i}", stall) for i, stall in enumerate(stats.vcpus)]
     for name, stall in [*rows, ("KVM's workers", stats.workers), ("other threads", stats.others)]:
-        if stall.faults:
-            times = (stall.nanoseconds, stall.nanoseconds / stall.faults, stall.longest)
-            table.add_row(name, f"{stall.faults:,}", *map(nanoseconds, times))
+        if stall.faults or stall.asleep:
+            times = (stall.nanoseconds, stall.nanoseconds / max(stall.faults, 1), stall.longest)
+            asleep = nanoseconds(stall.asleep) if stall in stats.vcpus else ""
+            table.add_row(name, f"{stall.faults:,}", *map(nanoseconds, times), asleep)
     return table
 
 

@@ -70,11 +70,16 @@ class Operation(Record):
 
 
 class Stall(Record):
-    """Faults of one who waited: ns from where the engine read the fault to the answer, all together and the longest."""
+    """Faults of one who waited: ns from where the engine read the fault to the answer, all together and the longest.
 
-    __slots__ = ("faults", "longest", "nanoseconds")
+    asleep: of a vCPU, all ns since its start in which it neither ran, nor was ready to run, nor was paused, by the
+    kernel's count: faults with all that the kernel does about them, HLT, and waiting for a device in Python.
+    """
 
-    def __init__(self, native: CData) -> None:
+    __slots__ = ("asleep", "faults", "longest", "nanoseconds")
+
+    def __init__(self, native: CData, asleep: int = 0) -> None:
+        self.asleep = asleep
         self.faults = int(native.faults)
         self.nanoseconds = int(native.nanoseconds)
         self.longest = int(native.longest)
@@ -96,7 +101,7 @@ class EngineStats(Record):
         "operations", "others", "retries", "stayed_small", "vcpus", "workers",
     )  # fmt: skip
 
-    def __init__(self, native: CData, cpus: int) -> None:
+    def __init__(self, native: CData, asleep: list[int]) -> None:
         self.faults = int(native.faults)
         self.by_home = dict(zip(HOMES, native.by_home, strict=True))
         self.answers = dict(zip(ANSWERS, native.answers, strict=True))
@@ -109,7 +114,7 @@ class EngineStats(Record):
         self.collapsed = int(native.collapsed)
         self.stayed_small = int(native.stayed_small)
         self.operations = {name: Operation(native.ops[i]) for i, name in enumerate(OPERATIONS)}
-        self.vcpus = [Stall(native.stalls[i]) for i in range(cpus)]
+        self.vcpus = [Stall(native.stalls[i], ns) for i, ns in enumerate(asleep)]
         self.workers = Stall(native.workers)
         self.others = Stall(native.others)
 

@@ -248,7 +248,7 @@ class Engine:
             lib.pv_engine_read_stats(native, out)
         finally:
             self._leave()
-        return EngineStats(out, len(self._vcpus))
+        return EngineStats(out, [lib.pv_asleep(vcpu) for vcpu in self._vcpus])
 
     @property
     def page_words(self) -> NDArray[np.uint64]:

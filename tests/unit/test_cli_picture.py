@@ -62,12 +62,12 @@ THREE = [
 HUGE = [stage(title, 4 << 40, ["large"], (1 << 30, 1 << 21), large=1 << 29, small=1 << 28) for title in ("a", "b", "c")]
 
 
-def stats(cpus=2, **fields):
+def stats(asleep=(0, 0), **fields):
     native = ffi.new("struct pv_engine_stats *")
     for name, values in fields.items():
         for index, value in values.items():
             getattr(native, name)[index] = value
-    return EngineStats(native, cpus)
+    return EngineStats(native, list(asleep))
 
 
 # ---- the table ----
@@ -277,10 +277,10 @@ def test_operations_that_occurred_are_shown_with_their_mean():
 
 
 def test_who_waited_is_named():
-    made = stats(stalls={1: {"faults": 2, "nanoseconds": 6000, "longest": 4000}})
+    made = stats(asleep=(0, 9000), stalls={1: {"faults": 2, "nanoseconds": 6000, "longest": 4000}})
     made.workers.faults, made.workers.nanoseconds, made.workers.longest = 1, 1e6, 1e6
     lines = shown(lambda console: stalls_table(console, made), width=60).splitlines()
     assert [line.split() for line in lines[1:]] == [
-        ["vCPU", "1", "2", "6.0", "us", "3.0", "us", "4.0", "us"],
+        ["vCPU", "1", "2", "6.0", "us", "3.0", "us", "4.0", "us", "9.0", "us"],
         ["KVM's", "workers", "1", "1.0", "ms", "1.0", "ms", "1.0", "ms"],
     ]
