@@ -67,15 +67,31 @@ static int copy_out(struct pv_engine *engine, uint64_t page, uint32_t count)
     return error;
 }
 
+/* Run by run, past what is away already: its place in the aside area may be taken, and then not even a hole moves. */
+static int move_out(struct pv_engine *engine, uint64_t page, uint32_t count)
+{
+    for (uint32_t i = 0, run; i < count; i += run) {
+        for (run = 1; i + run < count; run++)
+            if ((page_home(engine, page + i + run) == PV_HOME_PRESENT) !=
+                (page_home(engine, page + i) == PV_HOME_PRESENT))
+                break;
+        if (page_home(engine, page + i) != PV_HOME_PRESENT)
+            continue;
+        int error = uffd_move(engine, engine->aside_uffd, aside_at(engine, page + i), ram_at(engine, page + i),
+                              (uint64_t)run * PV_PAGE);
+        if (error)
+            return error;
+    }
+    return 0;
+}
+
 int take_out(struct pv_engine *engine, uint64_t page, uint32_t count, bool copy)
 {
     uint64_t block = page / PV_BLOCK_PAGES;
     bool whole = count == PV_BLOCK_PAGES && block_away(engine, block) == 0;
     if (whole) /* a page table left there would split a large page */
         (void)madvise(aside_at(engine, page), PV_BLOCK, MADV_DONTNEED);
-    int error = copy ? copy_out(engine, page, count)
-                     : uffd_move(engine, engine->aside_uffd, aside_at(engine, page), ram_at(engine, page),
-                                 (uint64_t)count * PV_PAGE);
+    int error = copy ? copy_out(engine, page, count) : move_out(engine, page, count);
     struct populated left, aside;
     int blind = look_at(engine, ram_at(engine, page), count, &left);
     blind = blind ? blind : look_at(engine, aside_at(engine, page), count, &aside);
