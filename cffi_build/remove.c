@@ -112,15 +112,16 @@ int take_out(struct pv_engine *engine, uint64_t page, uint32_t count, bool copy)
     return gone ? (int)gone : error;
 }
 
-/* Of the pages aside: those that are zeros to ZERO, the others back; a large page as a whole or not at all. */
-static int keep_zeros(struct pv_engine *engine, uint64_t page, uint32_t count)
+/* Of the pages taken out: those that are zeros to ZERO, the others back; a large page as a whole or not at all. */
+static int keep_zeros(struct pv_engine *engine, uint64_t page, uint32_t count, const bool *was_away)
 {
     bool large = block_word(engine, page / PV_BLOCK_PAGES) & PV_BLOCK_ASIDE_LARGE;
     uint32_t zeros = 0, aside = 0;
     bool zero[PV_BLOCK_PAGES];
     for (uint32_t i = 0; i < count; i++) {
-        zero[i] = page_home(engine, page + i) == PV_HOME_ASIDE && is_zero(aside_at(engine, page + i));
-        aside += page_home(engine, page + i) == PV_HOME_ASIDE;
+        bool taken = !was_away[i] && page_home(engine, page + i) == PV_HOME_ASIDE;
+        zero[i] = taken && is_zero(aside_at(engine, page + i));
+        aside += taken;
         zeros += zero[i];
     }
     if (large && zeros < aside) {
@@ -136,7 +137,7 @@ static int keep_zeros(struct pv_engine *engine, uint64_t page, uint32_t count)
             if (!large)
                 (void)madvise(aside_at(engine, page + i), PV_PAGE, MADV_DONTNEED);
             page_set(engine, page + i, PV_HOME_ZERO);
-        } else if (page_home(engine, page + i) == PV_HOME_ASIDE) {
+        } else if (!was_away[i] && page_home(engine, page + i) == PV_HOME_ASIDE) {
             int answer = bring(engine, page + i, 1);
             if (answer < 0)
                 return answer;
@@ -150,10 +151,13 @@ static int remove_locked(struct pv_engine *engine, uint64_t page, uint32_t count
     if (block_pins(engine, page / PV_BLOCK_PAGES))
         return -EBUSY;
     uint32_t away = block_away(engine, page / PV_BLOCK_PAGES);
+    bool was_away[PV_BLOCK_PAGES];
+    for (uint32_t i = 0; i < count; i++)
+        was_away[i] = page_home(engine, page + i) != PV_HOME_PRESENT;
     int gone = take_out(engine, page, count, !engine->move);
     if (gone <= 0 || what == PV_REMOVE_ASIDE)
         return gone;
-    int error = keep_zeros(engine, page, count);
+    int error = keep_zeros(engine, page, count, was_away);
     return error < 0 ? error : (int)(block_away(engine, page / PV_BLOCK_PAGES) - away);
 }
 
