@@ -144,6 +144,8 @@ void make_zeros(uint8_t *slot);
 
 /* Brings pages of one block back, the whole block where it is to be large and all of it is away. Answer or -errno. */
 int bring(struct pv_engine *engine, uint64_t page, uint32_t count);
+/* These pages and no others, as small ones. */
+int bring_small(struct pv_engine *engine, uint64_t page, uint32_t count);
 /* A touch of a page that is PRESENT and not populated. Answer or -errno. */
 int bring_untouched(struct pv_engine *engine, uint64_t page, bool written);
 

@@ -207,7 +207,7 @@ static int bring_run(struct pv_engine *engine, uint64_t page, uint32_t count)
     return error;
 }
 
-static int bring_small(struct pv_engine *engine, uint64_t page, uint32_t count)
+int bring_small(struct pv_engine *engine, uint64_t page, uint32_t count)
 {
     for (uint32_t i = 0; i < count;) {
         uint32_t limit = count - i < BATCH ? count - i : BATCH, run = alike(engine, page + i, limit);

@@ -138,7 +138,7 @@ static int keep_zeros(struct pv_engine *engine, uint64_t page, uint32_t count, c
                 (void)madvise(aside_at(engine, page + i), PV_PAGE, MADV_DONTNEED);
             page_set(engine, page + i, PV_HOME_ZERO);
         } else if (!was_away[i] && page_home(engine, page + i) == PV_HOME_ASIDE) {
-            int answer = bring(engine, page + i, 1);
+            int answer = bring_small(engine, page + i, 1); /* were all away, bring() would bring the zeros too */
             if (answer < 0)
                 return answer;
         }
