@@ -93,19 +93,6 @@ static int complete(struct pv_engine *engine, uint64_t page)
     return error;
 }
 
-static int unprotect(struct pv_engine *engine, uint64_t page)
-{
-    int error = 0;
-    trace_enter(engine);
-    if (engine->trace.on) {
-        error = uffd_protect(engine, ram_at(engine, page), PV_BLOCK, false);
-        trace_leave(engine, page, PV_BLOCK_PAGES);
-    } else {
-        trace_leave(engine, page, 0);
-    }
-    return error;
-}
-
 static int collapse(struct pv_engine *engine, uint64_t page)
 {
     struct populated seen;
@@ -114,6 +101,19 @@ static int collapse(struct pv_engine *engine, uint64_t page)
             return -errno;
     int error = look_at(engine, ram_at(engine, page), PV_BLOCK_PAGES, &seen);
     return error ? error : !engine->scans || seen.large == PV_BLOCK_PAGES ? 0 : -EAGAIN;
+}
+
+/* Nor does it take the shared zero page there: a write fault replaces each, and nobody protects a page meanwhile. */
+static int collapse_complete(struct pv_engine *engine, uint64_t page)
+{
+    trace_enter(engine);
+    int error = engine->trace.on ? uffd_protect(engine, ram_at(engine, page), PV_BLOCK, false) : 0;
+    if (!error) {
+        (void)madvise(ram_at(engine, page), PV_BLOCK, MADV_POPULATE_WRITE); /* if it fails, so does what follows */
+        error = collapse(engine, page);
+    }
+    trace_leave(engine, page, PV_BLOCK_PAGES);
+    return error;
 }
 
 /* Out, together in staging, and in again as one large page: faster than MADV_COLLAPSE, which first makes every CPU of
@@ -142,8 +142,7 @@ static int make_large(struct pv_engine *engine, uint64_t page)
     if (error || seen.count == 0 || seen.large == PV_BLOCK_PAGES)
         return error;
     error = complete(engine, page);
-    error = error ? error : unprotect(engine, page);
-    return error ? error : collapse(engine, page);
+    return error ? error : collapse_complete(engine, page);
 }
 
 static int merge_locked(struct pv_engine *engine, uint64_t block)
