@@ -34,36 +34,37 @@ static void copy_populated(struct pv_engine *engine, uint64_t page, const struct
             memcpy(to + (size_t)i * PV_PAGE, ram_at(engine, page + i), PV_PAGE);
 }
 
-/* A registered aside area takes pages only by UFFDIO_MOVE; a block is put together in staging and goes there whole. */
-static int copy_aside(struct pv_engine *engine, uint64_t page, const struct populated *seen)
+/* A registered aside area takes pages only by UFFDIO_MOVE; a block is put together in staging (a slot) and goes there
+ * whole. */
+static int copy_aside(struct pv_engine *engine, uint64_t page, const struct populated *seen, int slot)
 {
-    if (!engine->move) {
+    if (slot < 0) {
         copy_populated(engine, page, seen, aside_at(engine, page));
         return 0;
     }
-    int slot = slot_take(engine);
     make_zeros(slot_at(engine, slot));
     copy_populated(engine, page, seen, slot_at(engine, slot));
-    int error = uffd_move(engine, engine->aside_uffd, aside_at(engine, page), slot_at(engine, slot), PV_BLOCK);
-    slot_give(engine, slot);
-    return error;
+    return uffd_move(engine, engine->aside_uffd, aside_at(engine, page), slot_at(engine, slot), PV_BLOCK);
 }
 
-/* Protected, so that writers wait; copied; dropped. Readers see the pages until they are dropped. */
+/* Protected, so that writers wait; copied; dropped. Readers see the pages until they are dropped. A trace lifts
+ * protection in units of its own, of other blocks than the faulting one too: not in the meantime. */
 static int copy_out(struct pv_engine *engine, uint64_t page, uint32_t count)
 {
     uint8_t *from = ram_at(engine, page);
+    int slot = engine->move ? slot_take(engine) : -1; /* a slot comes before the trace's mutex */
+    trace_enter(engine);
     int error = uffd_protect(engine, from, (uint64_t)count * PV_PAGE, true);
     struct populated seen; /* looked at once nobody can add to it */
     error = error ? error : look_at(engine, from, count, &seen);
-    error = error ? error : copy_aside(engine, page, &seen);
+    error = error ? error : copy_aside(engine, page, &seen, slot);
     if (!error && madvise(from, (size_t)count * PV_PAGE, MADV_DONTNEED))
         error = -errno;
-    if (error) {
-        trace_enter(engine);
+    if (error)
         (void)!uffd_protect(engine, from, (uint64_t)count * PV_PAGE, false);
-        trace_leave(engine, page, count);
-    }
+    trace_leave(engine, page, error ? count : 0);
+    if (slot >= 0)
+        slot_give(engine, slot);
     return error;
 }
 
