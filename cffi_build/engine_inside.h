@@ -119,6 +119,8 @@ void uffd_wake(struct pv_engine *engine, void *address, uint64_t size);
 
 /* Faults of the span of `page` are reported from here on until span_release; wp: write protection is possible too. */
 int span_hold(struct pv_engine *engine, uint64_t page, bool wp) PV_CHECKED;
+/* The same, but only if they are reported already: are they? */
+bool span_keep(struct pv_engine *engine, uint64_t page) PV_CHECKED;
 void span_add(struct pv_engine *engine, uint64_t page, uint64_t users); /* while held */
 void span_release(struct pv_engine *engine, uint64_t page, uint64_t users, bool wp);
 int span_hold_all(struct pv_engine *engine, bool wp) PV_CHECKED;

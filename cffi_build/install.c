@@ -234,7 +234,7 @@ int bring(struct pv_engine *engine, uint64_t page, uint32_t count)
     return bring_small(engine, page, count);
 }
 
-int bring_untouched(struct pv_engine *engine, uint64_t page, bool written)
+static int fill_untouched(struct pv_engine *engine, uint64_t page, bool written)
 {
     uint64_t block = page / PV_BLOCK_PAGES;
     struct populated seen;
@@ -264,4 +264,15 @@ int bring_untouched(struct pv_engine *engine, uint64_t page, bool written)
         return PV_ANSWER_MERGED;
     }
     return error ? error : PV_ANSWER_PAGES;
+}
+
+/* Only while faults are reported there: else a vCPU may be populating and writing these very pages by itself, and they
+ * would be dropped to make room for a large one. */
+int bring_untouched(struct pv_engine *engine, uint64_t page, bool written)
+{
+    if (!span_keep(engine, page))
+        return PV_ANSWER_MERGED; /* whoever waited was woken when the span was unregistered */
+    int answer = fill_untouched(engine, page, written);
+    span_release(engine, page, 1, false);
+    return answer;
 }
