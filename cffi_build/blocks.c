@@ -133,7 +133,9 @@ static int remake(struct pv_engine *engine, uint64_t page)
 static int make_large(struct pv_engine *engine, uint64_t page)
 {
     struct populated seen;
-    int error = 0;
+    int error = look_at(engine, ram_at(engine, page), PV_BLOCK_PAGES, &seen);
+    if (error || (!seen.count && !block_away(engine, page / PV_BLOCK_PAGES)))
+        return error; /* never touched: it costs nothing, and comes as one large page */
     if (block_away(engine, page / PV_BLOCK_PAGES) == PV_BLOCK_PAGES)
         error = bring(engine, page, PV_BLOCK_PAGES);
     else if (engine->move && pv_engine_equipped(engine) && !block_pins(engine, page / PV_BLOCK_PAGES))
