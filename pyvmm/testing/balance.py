@@ -28,7 +28,8 @@ def populated(memory: GuestMemory) -> NDArray[np.bool_]:
     pages = memory.size // PAGE_SIZE
     with open("/proc/self/pagemap", "rb", buffering=0) as file:
         data = os.pread(file.fileno(), pages * 8, memory.hva(Gpa(0)).value // PAGE_SIZE * 8)
-    return (np.frombuffer(data, np.uint64) & np.uint64(_PRESENT_OR_SWAPPED)) != 0
+    there: NDArray[np.bool_] = (np.frombuffer(data, np.uint64) & np.uint64(_PRESENT_OR_SWAPPED)) != 0
+    return there
 
 
 def imbalances(memory: GuestMemory, pinned: int = 0, armed: bool | None = None) -> list[str]:
@@ -54,7 +55,7 @@ def imbalances(memory: GuestMemory, pinned: int = 0, armed: bool | None = None) 
             wrong.append(f"{what}: {found}, not {right}")
 
     equal("pages in all", count.present + count.away, memory.size // PAGE_SIZE)
-    equal("pages by home, counted and by their words", count.homes, dict(zip(HOMES[1:], by_home[1:].tolist())))
+    equal("pages by home, counted and by words", count.homes, dict(zip(HOMES[1:], by_home[1:].tolist(), strict=True)))
     for block in np.flatnonzero(noted != by_block)[:4]:
         equal(f"pages away in block {block}, by its word and by theirs", int(noted[block]), int(by_block[block]))
     equal("pages that the kernel has, by PAGEMAP_SCAN and by pagemap", count.large + count.small, int(there.sum()))

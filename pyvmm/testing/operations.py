@@ -130,6 +130,7 @@ class Subject:
         self.refused: Counter[str] = Counter()
         self.traced = False
         self.dirty = bytearray(-(-self.pages // 64) * 8)
+        self.baseline: bytes | None = None
 
     def gpa(self, operation: Operation) -> Gpa:
         """Where its pages begin."""
@@ -169,6 +170,11 @@ class Subject:
         self.written[operation.page] = data
         self.memory.write(self.gpa(operation), data)
 
+    def put_away(self, operation: Operation) -> None:
+        """Removes pages, and stores those that the guest has not fetched back meanwhile."""
+        self.engine.remove(operation.page, operation.count)
+        self.engine.store(operation.page, operation.count, "swap")
+
     def view(self, operation: Operation) -> None:
         """Holds a view for some operations; its pages must stay."""
         view = self.memory.view(self.gpa(operation), operation.count * PAGE_SIZE)
@@ -206,6 +212,7 @@ class Subject:
         if self.traced:
             check(self.engine._call(lib.pv_trace_stop), "pv_trace_stop")
         self.traced = False
+        self.baseline = None
 
 
 def _refusable(do: Callable[[Subject, Operation], object]) -> Callable[[Subject, Operation], None]:
@@ -233,8 +240,8 @@ KINDS = {
     "split": Kind(4, "block", lambda s, o: s.engine.split(o.block) if o.count == BLOCK_PAGES else None),
     "merge": Kind(6, "block", _refusable(lambda s, o: s.engine.merge(o.block))),
     "break": Kind(3, "block", _refusable(lambda s, o: s.engine.break_(o.block))),
-    "store block": Kind(5, "block", lambda s, o: (s.engine.remove(o.page, o.count), s.engine.store(o.page, o.count, "swap"))),
-    "store run": Kind(5, "run", lambda s, o: (s.engine.remove(o.page, o.count), s.engine.store(o.page, o.count, "swap"))),
+    "store block": Kind(5, "block", Subject.put_away),
+    "store run": Kind(5, "run", Subject.put_away),
     "read": Kind(4, "run", Subject.read),
     "write": Kind(4, "scratch", Subject.write),
     "write back": Kind(2, "run", Subject.write_back),

@@ -1,5 +1,5 @@
-# torture.py: a guest that checks all of its memory, and random operations on that memory meanwhile. What is done follows
-# from the seed alone; what it did to the guest is judged by the guest, by a model and by the kernel.
+# torture.py: a guest that checks all of its memory, and random operations on that memory meanwhile. What is done
+# follows from the seed alone; what it did to the guest is judged by the guest, by a model and by the kernel.
 """`Torture`: runs operations and checks. Raises TortureFailure, whose report names the seed and the operations."""
 
 from __future__ import annotations
@@ -7,8 +7,9 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter, deque
+from contextlib import contextmanager
 
-from pyvmm.errors import BadInput, PyvmmError
+from pyvmm.errors import BadInput
 from pyvmm.layout import BLOCK_SIZE, GIB, MIB, PAGE_SIZE, format_size
 from pyvmm.machine import VM
 from pyvmm.testing.balance import imbalances
@@ -17,7 +18,7 @@ from pyvmm.testing.verify_model import check_memory, ram_hash
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     import numpy as np
     from numpy.typing import NDArray
@@ -30,6 +31,9 @@ ZEROS = 100
 """Of the guest's pages, per mille, are zeros."""
 STUCK_SECONDS = 20
 """So long without progress, and a vCPU waits for a page that never comes."""
+SETTLE_SECONDS = 5
+FIRST_TOUCH = 50 * MIB
+"""Bytes a second that even a busy host gives out."""
 CHECK_EVERY = 400
 """Operations from one full check to the next."""
 _SCRATCH_BLOCKS = 3
@@ -55,7 +59,6 @@ class Torture:
         self.done: Counter[str] = Counter()
         self.checks = 0
         self._last: deque[Operation] = deque(maxlen=20)
-        self._before: bytes | None = None  # RAM at the last check while a trace was on
         self.vm = VM(memory, cpus, pages)
         try:
             tables = memory > 3 * GIB  # of the guest's own, for what lies above
@@ -64,7 +67,8 @@ class Torture:
             self.vm.memory.engine.poison = True
             self.subject = Subject(self.vm)
             self.vm.start()
-            self._await(lambda: self.vm.progress().passes > 0, "the guest's first pass")
+            patience = STUCK_SECONDS + memory / FIRST_TOUCH
+            self._await(lambda: self.vm.progress().passes > 0, "the guest's first pass", patience)
         except BaseException:
             self.vm.close()
             raise
@@ -98,16 +102,19 @@ class Torture:
         """One operation, and a look at the guest."""
         self._last.append(operation)
         self.subject.drop_views(operation.number)
-        try:
+        with self._blamed():
             KINDS[operation.kind].do(self.subject, operation)
-        except Exception as error:
-            raise self._failure(f"{type(error).__name__}: {error}" if type(error) is not Wrong else str(error)) from error
+            self._look_at_guest()
         self.done[operation.kind] += 1
-        self._look_at_guest()
 
     # ---- checks ----
 
     def check(self) -> None:
+        """Looks at everything, with all of it in the guest and with all of it away."""
+        with self._blamed():
+            self._check()
+
+    def _check(self) -> None:
         """Every vCPU must get on. Then, paused: books, memory; all of it is taken out; and the same again."""
         self.subject.resume()
         before = [(work.passes, work.index) for work in self.vm.progress().work]
@@ -118,19 +125,25 @@ class Torture:
         first = self._check_contents()
         if self.subject.traced:
             self._check_trace()
-        for page in range(0, self.subject.pages, BLOCK_PAGES):
-            self.subject.engine.remove(page, min(BLOCK_PAGES, self.subject.pages - page))
-        if left := self.subject.engine.count().present:
-            raise self._failure(f"all was removed, nothing runs, and {left} pages are present")
+        self._await(self._all_removed, "all pages to be away, where nothing runs")
         self._check_books()
         if self._check_contents() != first:
-            raise self._failure("RAM has changed while the guest was paused")
+            raise Wrong("RAM has changed while the guest was paused")
         self.checks += 1
         self.vm.resume()
 
     def finish(self) -> None:
         """The last check. Then all blocks are merged, and must be mapped large by KVM where the guest touched them."""
-        self.check()
+        with self._blamed():
+            self._check()
+            self._check_merged()
+
+    def _all_removed(self) -> bool:
+        for page in range(0, self.subject.pages, BLOCK_PAGES):
+            self.subject.engine.remove(page, min(BLOCK_PAGES, self.subject.pages - page))
+        return self.subject.engine.count().present == 0
+
+    def _check_merged(self) -> None:
         self.subject.stop_trace()
         for block in range(self.subject.pages // BLOCK_PAGES):
             self.subject.engine.install(block * BLOCK_PAGES, BLOCK_PAGES)
@@ -141,28 +154,35 @@ class Torture:
         self.vm.pause()
         count, found = self.subject.engine.count(), self.vm.mappings()
         if count.away or count.armed or count.large < self.subject.pages // BLOCK_PAGES * BLOCK_PAGES:
-            raise self._failure(f"all blocks are merged, and the kernel has {count!r}")
+            raise Wrong(f"all blocks are merged, and the kernel has {count!r}")
         if found["pages_2m"] < self.vm.progress().region_size // BLOCK_SIZE and found["pages_4k"]:
-            raise self._failure(f"all blocks are merged and touched, and KVM maps {found}")
+            raise Wrong(f"all blocks are merged and touched, and KVM maps {found}")
         self._check_books()
         self._check_contents()
 
     def _check_contents(self) -> str:
         wrong = check_memory(self.vm.memory, self.vm.progress(), zeros=ZEROS, order="random")
         if wrong:
-            raise self._failure(f"{len(wrong)} wrong pages: {'; '.join(page.text for page in wrong[:3])}")
+            raise Wrong(f"{len(wrong)} wrong pages: {'; '.join(page.text for page in wrong[:3])}")
         for page, data in self.subject.written.items():
             if self.vm.memory.read(self.vm.memory.gpa_of(page), PAGE_SIZE) != data:
-                raise self._failure(f"page {page}, written by the host, has other bytes now")
+                raise Wrong(f"page {page}, written by the host, has other bytes now")
         return ram_hash(self.vm.memory)
 
     def _check_books(self) -> None:
+        """A fault that a vCPU took before it was parked may still be under way: its end is waited for."""
+        end = time.monotonic() + SETTLE_SECONDS
+        while wrong := self._imbalances():
+            if time.monotonic() > end:
+                raise Wrong("; ".join(wrong))
+            os.sched_yield()
+
+    def _imbalances(self) -> list[str]:
         subject = self.subject
         wrong = imbalances(subject.memory, armed=True if subject.traced else None) + subject.store.wrong
         if len(subject.store.pages) != (stored := subject.engine.count().homes["swap"]):
             wrong.append(f"the home keeps {len(subject.store.pages)} pages, and the engine counts {stored} there")
-        if wrong:
-            raise self._failure("; ".join(wrong))
+        return wrong
 
     def _check_trace(self) -> None:
         """Every page that has changed since the last time must have been reported."""
@@ -170,32 +190,35 @@ class Torture:
 
         self.subject.collect()
         now = b"".join(self.vm.memory.read(region.gpa, region.size) for region in self.vm.memory.regions)
-        if self._before is not None:
-            changed = (_words(now) != _words(self._before)).any(axis=1)
+        if self.subject.baseline is not None:
+            changed = (_words(now) != _words(self.subject.baseline)).any(axis=1)
             reported = np.unpackbits(np.frombuffer(self.subject.dirty, np.uint8), bitorder="little")[: len(changed)]
             if len(missed := np.flatnonzero(changed & (reported == 0))):
-                raise self._failure(f"{len(missed)} pages were written and not traced: {missed[:8].tolist()}")
-        self._before = now
+                raise Wrong(f"{len(missed)} pages were written and not traced: {missed[:8].tolist()}")
+        self.subject.baseline = now
         self.subject.dirty[:] = bytes(len(self.subject.dirty))
 
     def _look_at_guest(self) -> None:
-        try:
-            result = self.vm.wait(0)
-        except PyvmmError as error:
-            raise self._failure(f"{type(error).__name__}: {error}") from error
+        result = self.vm.wait(0)
         if result.reason != "timeout":
-            raise self._failure(f"the guest has ended: {result!r} {self.vm.printed.strip()!r}")
+            raise Wrong(f"the guest has ended: {result!r} {self.vm.printed.strip()!r}")
 
-    def _await(self, is_so: Callable[[], bool], what: str) -> None:
-        end = time.monotonic() + STUCK_SECONDS
+    def _await(self, is_so: Callable[[], bool], what: str, seconds: float = STUCK_SECONDS) -> None:
+        end = time.monotonic() + seconds
         while not is_so():
             self._look_at_guest()
             if time.monotonic() > end:
-                raise self._failure(f"waited {STUCK_SECONDS} s for {what}")
+                raise Wrong(f"waited {seconds:.0f} s for {what}")
             os.sched_yield()
 
-    def _failure(self, sentence: str) -> TortureFailure:
-        return TortureFailure(sentence, self.seed, self._last)
+    @contextmanager
+    def _blamed(self) -> Iterator[None]:
+        """Whatever goes wrong within is a TortureFailure."""
+        try:
+            yield
+        except Exception as error:
+            sentence = str(error) if type(error) is Wrong else f"{type(error).__name__}: {error}"
+            raise TortureFailure(sentence, self.seed, self._last) from error
 
 
 def _moved(vm: VM, before: list[tuple[int, int]]) -> list[bool]:
