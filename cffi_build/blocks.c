@@ -50,6 +50,10 @@ static int break_by_move(struct pv_engine *engine, uint64_t page)
 /* Without UFFDIO_MOVE: out by copying, back by copying, but not what was away before. */
 static int break_by_copy(struct pv_engine *engine, uint64_t page)
 {
+    struct populated seen;
+    int error = look_at(engine, ram_at(engine, page), PV_BLOCK_PAGES, &seen);
+    if (error || !seen.count)
+        return error;
     bool was_away[PV_BLOCK_PAGES];
     for (uint32_t i = 0; i < PV_BLOCK_PAGES; i++)
         was_away[i] = page_home(engine, page + i) != PV_HOME_PRESENT;
@@ -96,10 +100,10 @@ static int complete(struct pv_engine *engine, uint64_t page)
 static int collapse(struct pv_engine *engine, uint64_t page)
 {
     struct populated seen;
-    for (int tries = 0; madvise(ram_at(engine, page), PV_BLOCK, MADV_COLLAPSE); tries++)
-        if (errno != EAGAIN || tries == 8) /* EAGAIN: a page is in use for the moment */
-            return -errno;
-    int error = look_at(engine, ram_at(engine, page), PV_BLOCK_PAGES, &seen);
+    int error = collapse_small(ram_at(engine, page));
+    if (error)
+        return error;
+    error = look_at(engine, ram_at(engine, page), PV_BLOCK_PAGES, &seen);
     return error ? error : !engine->scans || seen.large == PV_BLOCK_PAGES ? 0 : -EAGAIN;
 }
 

@@ -71,7 +71,9 @@ void trace_leave(struct pv_engine *engine, uint64_t page, uint32_t count)
 int trace_fault(struct pv_engine *engine, uint64_t page)
 {
     struct trace *trace = &engine->trace;
-    uint64_t first = page, count = 1;
+    /* Without a trace it is a straggler: its block, which is locked, is free of protection, but for part of a large page
+     * the kernel would split that. */
+    uint64_t first = page / PV_BLOCK_PAGES * PV_BLOCK_PAGES, count = pages_of_block(engine, page / PV_BLOCK_PAGES);
     pthread_mutex_lock(&trace->mutex);
     if (trace->on) {
         first = unit_of(engine, page, &count);

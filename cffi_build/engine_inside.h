@@ -144,6 +144,8 @@ uint8_t *slot_at(struct pv_engine *engine, int slot);
 void slot_give(struct pv_engine *engine, int slot);
 void make_zeros(uint8_t *slot);
 
+/* MADV_COLLAPSE: 512 small pages become a large one. 0 or -errno. */
+int collapse_small(void *block) PV_CHECKED;
 /* Brings pages of one block back, the whole block where it is to be large and all of it is away. Answer or -errno. */
 int bring(struct pv_engine *engine, uint64_t page, uint32_t count);
 /* These pages and no others, as small ones. */

@@ -3,11 +3,14 @@
 #include "engine_inside.h"
 
 #include <errno.h>
+#include <sched.h>
 #include <string.h>
 
 #ifndef UFFDIO_COPY_MODE_WP
 #define UFFDIO_COPY_MODE_WP (1ull << 1)
 #endif
+
+#define COLLAPSE_NS 20000000ull /* until a page in use is one that stays so: nobody waits for the large page */
 
 /* ---- staging: a few blocks in which a large page is put together ---- */
 
@@ -98,6 +101,17 @@ static void now_present(struct pv_engine *engine, uint64_t page, uint32_t count)
 
 /* ---- whole blocks ---- */
 
+int collapse_small(void *block)
+{
+    uint64_t begin = pv_now();
+    while (madvise(block, PV_BLOCK, MADV_COLLAPSE)) {
+        if (errno != EAGAIN || pv_now() - begin > COLLAPSE_NS) /* EAGAIN: a page is in use for the moment */
+            return -errno;
+        sched_yield();
+    }
+    return 0;
+}
+
 static bool is_large(struct pv_engine *engine, uint64_t page)
 {
     struct populated seen;
@@ -121,7 +135,7 @@ static int install_large(struct pv_engine *engine, uint64_t page, uint8_t *from)
         count_up(&engine->stats.kept_large, 1);
         return PV_ANSWER_BLOCK;
     }
-    if (madvise(to, PV_BLOCK, MADV_COLLAPSE) == 0) {
+    if (collapse_small(to) == 0) {
         count_up(&engine->stats.collapsed, 1);
         return PV_ANSWER_COLLAPSED;
     }
