@@ -105,7 +105,8 @@ int take_out(struct pv_engine *engine, uint64_t page, uint32_t count, bool copy)
         page_set(engine, page + i, is_populated(&aside, i) ? PV_HOME_ASIDE : PV_HOME_ZERO);
         gone++;
     }
-    if (whole && aside.count == PV_BLOCK_PAGES && (aside.large == PV_BLOCK_PAGES || !engine->move))
+    bool small = block_word(engine, block) & PV_BLOCK_SMALL;
+    if (whole && aside.count == PV_BLOCK_PAGES && (engine->move ? aside.large == PV_BLOCK_PAGES : !small))
         block_flags(engine, block, PV_BLOCK_ASIDE_LARGE, 0);
     if (!whole && !copy && gone) /* to move a small page out of a large one breaks that */
         block_flags(engine, block, PV_BLOCK_BROKEN, 0);
@@ -155,6 +156,12 @@ static int remove_locked(struct pv_engine *engine, uint64_t page, uint32_t count
     bool was_away[PV_BLOCK_PAGES];
     for (uint32_t i = 0; i < count; i++)
         was_away[i] = page_home(engine, page + i) != PV_HOME_PRESENT;
+    if (what == PV_REMOVE_ZERO && count < PV_BLOCK_PAGES) { /* a part of a large page stays: to take it would break that */
+        struct populated seen;
+        int error = look_at(engine, ram_at(engine, page), count, &seen);
+        if (error || seen.large)
+            return error;
+    }
     int gone = take_out(engine, page, count, !engine->move);
     if (gone <= 0 || what == PV_REMOVE_ASIDE)
         return gone;
@@ -217,11 +224,26 @@ int pv_engine_store(struct pv_engine *engine, uint64_t page, uint32_t count, uin
     return stored;
 }
 
+/* Takes the home from pages that have just got it, but for those that have come from there already. */
+static void unassign(struct pv_engine *engine, uint64_t page, uint64_t end, uint32_t home)
+{
+    for (; page < end; page++) {
+        block_lock(engine, page / PV_BLOCK_PAGES);
+        bool away = page_home(engine, page) == home;
+        if (away)
+            page_set(engine, page, PV_HOME_PRESENT);
+        block_unlock(engine, page / PV_BLOCK_PAGES);
+        if (away)
+            span_release(engine, page, 1, false);
+    }
+}
+
 int pv_engine_assign(struct pv_engine *engine, uint64_t page, uint64_t count, uint32_t home, uint64_t locator)
 {
     if (page > engine->pages || count > engine->pages - page || home == PV_HOME_PRESENT || home == PV_HOME_ASIDE ||
         home >= PV_HOMES)
         return -EINVAL;
+    uint64_t first = page;
     for (uint64_t end = page + count; page < end;) {
         uint64_t block = page / PV_BLOCK_PAGES, next = (block + 1) * PV_BLOCK_PAGES;
         uint32_t part = (uint32_t)((next < end ? next : end) - page);
@@ -240,8 +262,10 @@ int pv_engine_assign(struct pv_engine *engine, uint64_t page, uint64_t count, ui
             span_add(engine, page, part);
         block_unlock(engine, block);
         span_release(engine, page, 1, false);
-        if (error)
+        if (error) {
+            unassign(engine, first, page, home);
             return error;
+        }
         page += part;
         locator += part;
     }
