@@ -79,7 +79,7 @@ class Vcpu:
         lib.pv_request(self.native, lib.PV_REQUEST_STOP)
 
     def wait_parked(self, seconds: float = PAUSE_LIMIT) -> None:
-        """Waits until the vCPU is parked or ended: no I/O half done, its state readable. Raises HostError after that."""
+        """Waits until the vCPU is parked or ended: no I/O half done, its state readable. Raises HostError then."""
         result = lib.pv_wait_parked(self.native, int(seconds * 1e9))
         if result == -errno.ETIMEDOUT:
             raise HostError(f"vCPU {self.index} did not park within {seconds:g} s")
