@@ -50,6 +50,10 @@ static int break_by_move(struct pv_engine *engine, uint64_t page)
 /* Without UFFDIO_MOVE: out by copying, back by copying, but not what was away before. */
 static int break_by_copy(struct pv_engine *engine, uint64_t page)
 {
+    struct populated seen;
+    int error = look_at(engine, ram_at(engine, page), PV_BLOCK_PAGES, &seen);
+    if (error || !seen.count)
+        return error;
     bool was_away[PV_BLOCK_PAGES];
     for (uint32_t i = 0; i < PV_BLOCK_PAGES; i++)
         was_away[i] = page_home(engine, page + i) != PV_HOME_PRESENT;
@@ -94,30 +98,27 @@ static int complete(struct pv_engine *engine, uint64_t page)
     return error;
 }
 
-/* A trace's protection is lifted for it, and what that hid from the trace is marked. */
-static void unprotect(struct pv_engine *engine, uint64_t page)
-{
-    trace_enter(engine);
-    bool lifted = engine->trace.on && uffd_protect(engine, ram_at(engine, page), PV_BLOCK, false) == 0;
-    trace_leave(engine, page, lifted ? PV_BLOCK_PAGES : 0);
-}
-
-#define TRIES 16
-
-/* EAGAIN: a page is in use for the moment. EINVAL, among others: a trace has just protected the block anew. */
 static int collapse(struct pv_engine *engine, uint64_t page)
 {
     struct populated seen;
-    int error = -EAGAIN;
-    for (int tries = 0; error && tries < TRIES; tries++) {
-        unprotect(engine, page);
-        (void)madvise(ram_at(engine, page), PV_BLOCK, MADV_POPULATE_WRITE); /* nothing is missing: waits for nobody */
-        error = madvise(ram_at(engine, page), PV_BLOCK, MADV_COLLAPSE) ? -errno : 0;
-        if (error && error != -EAGAIN && !(error == -EINVAL && engine->trace.on))
-            return error;
-    }
-    error = error ? error : look_at(engine, ram_at(engine, page), PV_BLOCK_PAGES, &seen);
+    int error = collapse_small(ram_at(engine, page));
+    if (error)
+        return error;
+    error = look_at(engine, ram_at(engine, page), PV_BLOCK_PAGES, &seen);
     return error ? error : !engine->scans || seen.large == PV_BLOCK_PAGES ? 0 : -EAGAIN;
+}
+
+/* The zero page is replaced by a write fault, a trace's protection is lifted, and no other comes meanwhile. */
+static int collapse_complete(struct pv_engine *engine, uint64_t page)
+{
+    trace_enter(engine);
+    int error = engine->trace.on ? uffd_protect(engine, ram_at(engine, page), PV_BLOCK, false) : 0;
+    if (!error) {
+        (void)madvise(ram_at(engine, page), PV_BLOCK, MADV_POPULATE_WRITE); /* if it fails, so does what follows */
+        error = collapse(engine, page);
+    }
+    trace_leave(engine, page, PV_BLOCK_PAGES);
+    return error;
 }
 
 static int make_large(struct pv_engine *engine, uint64_t page)
@@ -126,8 +127,8 @@ static int make_large(struct pv_engine *engine, uint64_t page)
     int error = complete(engine, page); /* of a block that is wholly away: comes as a large page */
     error = error ? error : look_at(engine, ram_at(engine, page), PV_BLOCK_PAGES, &seen);
     if (error || seen.count == 0 || seen.large == PV_BLOCK_PAGES)
-        return error;
-    return collapse(engine, page);
+        return error; /* never touched: it costs nothing, and comes as one large page */
+    return collapse_complete(engine, page);
 }
 
 static int merge_locked(struct pv_engine *engine, uint64_t block)

@@ -3,8 +3,9 @@
  * round is traced by small pages, unless so many of them turn out to be written that it is not worth the faults.
  *
  * The mutex is held while a page's mark and its protection change together: else a mark could be collected while the
- * protection it stands for is just being lifted, and writes would be lost. Pages that come back while a trace runs come
- * unprotected, so they are marked: a superset, which is counted. */
+ * protection it stands for is just being lifted, and writes would be lost. So it is while a block is copied out, which
+ * relies on the block's protection (remove.c). Pages that come back while a trace runs come unprotected, so they are
+ * marked: a superset, which is counted. */
 #define _GNU_SOURCE
 #include "engine_inside.h"
 
@@ -89,7 +90,9 @@ static void note_fault(struct trace *trace, uint64_t block)
 int trace_fault(struct pv_engine *engine, uint64_t page)
 {
     struct trace *trace = &engine->trace;
-    uint64_t first = page, count = 1;
+    /* Without a trace it is a straggler: its block, which is locked, is free of protection, but for part of a large page
+     * the kernel would split that. */
+    uint64_t first = page / PV_BLOCK_PAGES * PV_BLOCK_PAGES, count = pages_of_block(engine, page / PV_BLOCK_PAGES);
     pthread_mutex_lock(&trace->mutex);
     if (trace->on) {
         note_fault(trace, page / PV_BLOCK_PAGES);
@@ -102,11 +105,14 @@ int trace_fault(struct pv_engine *engine, uint64_t page)
     return error;
 }
 
+/* Under the mutex, since a block that is being copied out relies on its protection. */
 static int protect_all(struct pv_engine *engine, bool on)
 {
     for (uint64_t at = 0; at < engine->size; at += STRIDE) {
         uint64_t size = engine->size - at < STRIDE ? engine->size - at : STRIDE;
+        pthread_mutex_lock(&engine->trace.mutex);
         int error = uffd_protect(engine, engine->ram + at, size, on);
+        pthread_mutex_unlock(&engine->trace.mutex);
         if (error)
             return error;
         engine->trace.stats.protected += on ? size : 0;

@@ -137,7 +137,7 @@ int pv_engine_remove(struct pv_engine *engine, uint64_t page, uint32_t count, in
 /* From ASIDE to another home; returns how many pages went, or -errno: what was not stored is still ASIDE. One block. */
 int pv_engine_store(struct pv_engine *engine, uint64_t page, uint32_t count, uint32_t home) PV_CHECKED;
 /* Gives pages that nobody has touched yet a home from which they will come. All of them must be unpopulated and
- * PRESENT; locator: of the first, each following one's is greater by one. */
+ * PRESENT, else none gets it; locator: of the first, each following one's is greater by one. */
 int pv_engine_assign(struct pv_engine *engine, uint64_t page, uint64_t count, uint32_t home,
                      uint64_t locator) PV_CHECKED;
 /* Brings back what is away in the range, whole blocks as large pages. 0 or -errno of the first that failed. */

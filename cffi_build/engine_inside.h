@@ -121,6 +121,8 @@ void uffd_wake(struct pv_engine *engine, void *address, uint64_t size);
 
 /* Faults of the span of `page` are reported from here on until span_release; wp: write protection is possible too. */
 int span_hold(struct pv_engine *engine, uint64_t page, bool wp) PV_CHECKED;
+/* The same, but only if they are reported already: are they? */
+bool span_keep(struct pv_engine *engine, uint64_t page) PV_CHECKED;
 void span_add(struct pv_engine *engine, uint64_t page, uint64_t users); /* while held */
 void span_release(struct pv_engine *engine, uint64_t page, uint64_t users, bool wp);
 int span_hold_all(struct pv_engine *engine, bool wp) PV_CHECKED;
@@ -135,8 +137,12 @@ void fail(struct pv_engine *engine, uint64_t page, int error);
 /* ---- install.c, remove.c: under the block's lock ---- */
 
 
+/* MADV_COLLAPSE: 512 small pages become a large one. 0 or -errno. */
+int collapse_small(void *block) PV_CHECKED;
 /* Brings pages of one block back, the whole block where it is to be large and all of it is away. Answer or -errno. */
 int bring(struct pv_engine *engine, uint64_t page, uint32_t count);
+/* These pages and no others, as small ones. */
+int bring_small(struct pv_engine *engine, uint64_t page, uint32_t count);
 /* A touch of a page that is PRESENT and not populated. Answer or -errno. */
 int bring_untouched(struct pv_engine *engine, uint64_t page, bool written);
 

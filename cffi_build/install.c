@@ -3,11 +3,14 @@
 #include "engine_inside.h"
 
 #include <errno.h>
+#include <sched.h>
 #include <string.h>
 
 #ifndef UFFDIO_COPY_MODE_WP
 #define UFFDIO_COPY_MODE_WP (1ull << 1)
 #endif
+
+#define COLLAPSE_NS 20000000ull /* until a page in use is one that stays so: nobody waits for the large page */
 
 /* ---- staging: a few blocks in which a large page is put together ---- */
 
@@ -98,6 +101,17 @@ static void now_present(struct pv_engine *engine, uint64_t page, uint32_t count)
 
 /* ---- whole blocks ---- */
 
+int collapse_small(void *block)
+{
+    uint64_t begin = pv_now();
+    while (madvise(block, PV_BLOCK, MADV_COLLAPSE)) {
+        if (errno != EAGAIN || pv_now() - begin > COLLAPSE_NS) /* EAGAIN: a page is in use for the moment */
+            return -errno;
+        sched_yield();
+    }
+    return 0;
+}
+
 static bool is_large(struct pv_engine *engine, uint64_t page)
 {
     struct populated seen;
@@ -121,7 +135,7 @@ static int install_large(struct pv_engine *engine, uint64_t page, uint8_t *from)
         count_up(&engine->stats.kept_large, 1);
         return PV_ANSWER_BLOCK;
     }
-    if (madvise(to, PV_BLOCK, MADV_COLLAPSE) == 0) {
+    if (collapse_small(to) == 0) {
         count_up(&engine->stats.collapsed, 1);
         return PV_ANSWER_COLLAPSED;
     }
@@ -207,7 +221,7 @@ static int bring_run(struct pv_engine *engine, uint64_t page, uint32_t count)
     return error;
 }
 
-static int bring_small(struct pv_engine *engine, uint64_t page, uint32_t count)
+int bring_small(struct pv_engine *engine, uint64_t page, uint32_t count)
 {
     for (uint32_t i = 0; i < count;) {
         uint32_t limit = count - i < BATCH ? count - i : BATCH, run = alike(engine, page + i, limit);
@@ -234,7 +248,7 @@ int bring(struct pv_engine *engine, uint64_t page, uint32_t count)
     return bring_small(engine, page, count);
 }
 
-int bring_untouched(struct pv_engine *engine, uint64_t page, bool written)
+static int fill_untouched(struct pv_engine *engine, uint64_t page, bool written)
 {
     uint64_t block = page / PV_BLOCK_PAGES;
     struct populated seen;
@@ -264,4 +278,15 @@ int bring_untouched(struct pv_engine *engine, uint64_t page, bool written)
         return PV_ANSWER_MERGED;
     }
     return error ? error : PV_ANSWER_PAGES;
+}
+
+/* Only while faults are reported there: else a vCPU may be populating and writing these very pages by itself, and they
+ * would be dropped to make room for a large one. */
+int bring_untouched(struct pv_engine *engine, uint64_t page, bool written)
+{
+    if (!span_keep(engine, page))
+        return PV_ANSWER_MERGED; /* whoever waited was woken when the span was unregistered */
+    int answer = fill_untouched(engine, page, written);
+    span_release(engine, page, 1, false);
+    return answer;
 }

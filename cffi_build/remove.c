@@ -26,10 +26,12 @@ static bool is_zero(const uint8_t *page)
 
 /* ---- out of the guest, into the aside area ---- */
 
-/* Without UFFDIO_MOVE: protected, so that writers wait; copied; dropped. Readers see the pages until they are dropped. */
+/* Without UFFDIO_MOVE: protected, so that writers wait; copied; dropped. Readers see the pages until they are dropped.
+ * A trace lifts protection in units of its own, of other blocks than the faulting one too: not in the meantime. */
 static int copy_out(struct pv_engine *engine, uint64_t page, uint32_t count)
 {
     uint8_t *from = ram_at(engine, page);
+    trace_enter(engine);
     int error = uffd_protect(engine, from, (uint64_t)count * PV_PAGE, true);
     struct populated seen; /* looked at once nobody can add to it */
     error = error ? error : look_at(engine, from, count, &seen);
@@ -38,29 +40,28 @@ static int copy_out(struct pv_engine *engine, uint64_t page, uint32_t count)
             memcpy(aside_at(engine, page + i), ram_at(engine, page + i), PV_PAGE);
     if (!error && madvise(from, (size_t)count * PV_PAGE, MADV_DONTNEED))
         error = -errno;
-    if (error) {
-        trace_enter(engine);
+    if (error)
         (void)!uffd_protect(engine, from, (uint64_t)count * PV_PAGE, false);
-        trace_leave(engine, page, count);
-    }
+    trace_leave(engine, page, error ? count : 0);
     return error;
 }
 
-/* By runs of what is present: the kernel refuses a range some of whose pages are aside already. */
+/* Run by run, past what is away already: its place in the aside area may be taken, and then not even a hole moves. */
 static int move_out(struct pv_engine *engine, uint64_t page, uint32_t count)
 {
-    int error = 0;
-    for (uint32_t i = 0; i < count;) {
-        uint32_t run = 0;
-        while (i + run < count && page_home(engine, page + i + run) == PV_HOME_PRESENT)
-            run++;
-        int failed = run ? uffd_move(engine, engine->aside_uffd, aside_at(engine, page + i), ram_at(engine, page + i),
-                                     (uint64_t)run * PV_PAGE)
-                         : 0;
-        error = error ? error : failed;
-        i += run ? run : 1;
+    for (uint32_t i = 0, run; i < count; i += run) {
+        for (run = 1; i + run < count; run++)
+            if ((page_home(engine, page + i + run) == PV_HOME_PRESENT) !=
+                (page_home(engine, page + i) == PV_HOME_PRESENT))
+                break;
+        if (page_home(engine, page + i) != PV_HOME_PRESENT)
+            continue;
+        int error = uffd_move(engine, engine->aside_uffd, aside_at(engine, page + i), ram_at(engine, page + i),
+                              (uint64_t)run * PV_PAGE);
+        if (error)
+            return error;
     }
-    return error;
+    return 0;
 }
 
 int take_out(struct pv_engine *engine, uint64_t page, uint32_t count)
@@ -82,7 +83,8 @@ int take_out(struct pv_engine *engine, uint64_t page, uint32_t count)
         page_set(engine, page + i, is_populated(&aside, i) ? PV_HOME_ASIDE : PV_HOME_ZERO);
         gone++;
     }
-    if (whole && aside.count == PV_BLOCK_PAGES && (aside.large == PV_BLOCK_PAGES || !engine->move))
+    bool small = block_word(engine, block) & PV_BLOCK_SMALL;
+    if (whole && aside.count == PV_BLOCK_PAGES && (engine->move ? aside.large == PV_BLOCK_PAGES : !small))
         block_flags(engine, block, PV_BLOCK_ASIDE_LARGE, 0);
     if (!whole && engine->move && gone) /* to move a small page out of a large one breaks that */
         block_flags(engine, block, PV_BLOCK_BROKEN, 0);
@@ -90,15 +92,16 @@ int take_out(struct pv_engine *engine, uint64_t page, uint32_t count)
     return gone ? (int)gone : error;
 }
 
-/* Of the pages aside: those that are zeros to ZERO, the others back; a large page as a whole or not at all. */
-static int keep_zeros(struct pv_engine *engine, uint64_t page, uint32_t count)
+/* Of the pages taken out: those that are zeros to ZERO, the others back; a large page as a whole or not at all. */
+static int keep_zeros(struct pv_engine *engine, uint64_t page, uint32_t count, const bool *was_away)
 {
     bool large = block_word(engine, page / PV_BLOCK_PAGES) & PV_BLOCK_ASIDE_LARGE;
     uint32_t zeros = 0, aside = 0;
     bool zero[PV_BLOCK_PAGES];
     for (uint32_t i = 0; i < count; i++) {
-        zero[i] = page_home(engine, page + i) == PV_HOME_ASIDE && is_zero(aside_at(engine, page + i));
-        aside += page_home(engine, page + i) == PV_HOME_ASIDE;
+        bool taken = !was_away[i] && page_home(engine, page + i) == PV_HOME_ASIDE;
+        zero[i] = taken && is_zero(aside_at(engine, page + i));
+        aside += taken;
         zeros += zero[i];
     }
     if (large && zeros < aside) {
@@ -114,8 +117,8 @@ static int keep_zeros(struct pv_engine *engine, uint64_t page, uint32_t count)
             if (!large)
                 (void)madvise(aside_at(engine, page + i), PV_PAGE, MADV_DONTNEED);
             page_set(engine, page + i, PV_HOME_ZERO);
-        } else if (page_home(engine, page + i) == PV_HOME_ASIDE) {
-            int answer = bring(engine, page + i, 1);
+        } else if (!was_away[i] && page_home(engine, page + i) == PV_HOME_ASIDE) {
+            int answer = bring_small(engine, page + i, 1); /* were all away, bring() would bring the zeros too */
             if (answer < 0)
                 return answer;
         }
@@ -128,10 +131,19 @@ static int remove_locked(struct pv_engine *engine, uint64_t page, uint32_t count
     if (block_pins(engine, page / PV_BLOCK_PAGES))
         return -EBUSY;
     uint32_t away = block_away(engine, page / PV_BLOCK_PAGES);
+    bool was_away[PV_BLOCK_PAGES];
+    for (uint32_t i = 0; i < count; i++)
+        was_away[i] = page_home(engine, page + i) != PV_HOME_PRESENT;
+    if (what == PV_REMOVE_ZERO && count < PV_BLOCK_PAGES) { /* a part of a large page stays: to take it would break that */
+        struct populated seen;
+        int error = look_at(engine, ram_at(engine, page), count, &seen);
+        if (error || seen.large)
+            return error;
+    }
     int gone = take_out(engine, page, count);
     if (gone <= 0 || what == PV_REMOVE_ASIDE)
         return gone;
-    int error = keep_zeros(engine, page, count);
+    int error = keep_zeros(engine, page, count, was_away);
     return error < 0 ? error : (int)(block_away(engine, page / PV_BLOCK_PAGES) - away);
 }
 
@@ -190,11 +202,26 @@ int pv_engine_store(struct pv_engine *engine, uint64_t page, uint32_t count, uin
     return stored;
 }
 
+/* Takes the home from pages that have just got it, but for those that have come from there already. */
+static void unassign(struct pv_engine *engine, uint64_t page, uint64_t end, uint32_t home)
+{
+    for (; page < end; page++) {
+        block_lock(engine, page / PV_BLOCK_PAGES);
+        bool away = page_home(engine, page) == home;
+        if (away)
+            page_set(engine, page, PV_HOME_PRESENT);
+        block_unlock(engine, page / PV_BLOCK_PAGES);
+        if (away)
+            span_release(engine, page, 1, false);
+    }
+}
+
 int pv_engine_assign(struct pv_engine *engine, uint64_t page, uint64_t count, uint32_t home, uint64_t locator)
 {
     if (page > engine->pages || count > engine->pages - page || home == PV_HOME_PRESENT || home == PV_HOME_ASIDE ||
         home >= PV_HOMES)
         return -EINVAL;
+    uint64_t first = page;
     for (uint64_t end = page + count; page < end;) {
         uint64_t block = page / PV_BLOCK_PAGES, next = (block + 1) * PV_BLOCK_PAGES;
         uint32_t part = (uint32_t)((next < end ? next : end) - page);
@@ -213,8 +240,10 @@ int pv_engine_assign(struct pv_engine *engine, uint64_t page, uint64_t count, ui
             span_add(engine, page, part);
         block_unlock(engine, block);
         span_release(engine, page, 1, false);
-        if (error)
+        if (error) {
+            unassign(engine, first, page, home);
             return error;
+        }
         page += part;
         locator += part;
     }

@@ -148,6 +148,16 @@ int span_hold(struct pv_engine *engine, uint64_t page, bool wp)
     return error;
 }
 
+bool span_keep(struct pv_engine *engine, uint64_t page)
+{
+    struct span *own = &engine->spans[span_of(page)];
+    pthread_mutex_lock(&engine->span_mutex);
+    bool armed = own->modes != 0;
+    own->users += armed;
+    pthread_mutex_unlock(&engine->span_mutex);
+    return armed;
+}
+
 void span_add(struct pv_engine *engine, uint64_t page, uint64_t users)
 {
     pthread_mutex_lock(&engine->span_mutex);

@@ -128,6 +128,18 @@ COMMANDS = (
         Option("--json", "data instead of a table", bool),
     ),
     Command(
+        "torture",
+        "prove the memory engine: a guest that checks its memory, under random operations",
+        "torture",
+        Option("--seconds", "how long (default 10)", float, 10.0, "N"),
+        Option("--seed", "of the sequence of operations (default: one that is printed)", int, metavar="S"),
+        Option("--cpus", "vCPUs, 1 to 64 (default 1)", int, 1, "N"),
+        Option("--mem", "RAM, 16M or more (default 64M)", default="64M", metavar="SIZE"),
+        Option("--pages", "large or small pages behind the RAM", default="auto", choices=("auto", "2m", "4k")),
+        Option("--without-move", "as on hosts without UFFDIO_MOVE: pages are copied", bool),
+        Option("--json", "the outcome as one JSON object", bool),
+    ),
+    Command(
         "doctor",
         "say what this host can do, by trying",
         "doctor",

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import suppress
 
-from pyvmm.errors import LifecycleError, PyvmmError
+from pyvmm.errors import HostError, LifecycleError, PyvmmError
 from pyvmm.machine.outcome import RunResult
 from pyvmm.record import Record
 
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
 
     from pyvmm.explain import ExitFacts
     from pyvmm.vcpu import Vcpu
+
+
+_HOLD_LIMIT = 0.5
+"""Seconds in which a vCPU parks or ends that a signal reaches."""
 
 
 class Crash(Record):
@@ -69,17 +74,21 @@ class Lifecycle:
         return self._news.wait(timeout)
 
     def hold(self, trouble: PyvmmError) -> None:
-        """Pauses the VM, whatever it does, because it must not go on like this; resume() lets it try."""
-        with self._lock:
-            if self._closed or self.outcome is not None:
-                return
-            self.trouble = trouble
-        try:
-            if self.started:
-                self.pause()
-        except PyvmmError:
-            pass  # closed meanwhile, or a vCPU that does not park: whoever waits hears of the trouble itself
-        finally:
+        """Pauses the VM, whatever it does, because it must not go on like this; resume() lets it try.
+
+        A vCPU that KVM has waiting for a page, where no signal reaches it, does not park: it stands still as it is.
+        """
+        with self._pausing:
+            with self._lock:
+                self.trouble = trouble
+                if self._closed or self.outcome is not None:
+                    return
+                self.paused = self.started
+                for vcpu in self._vcpus if self.paused else ():
+                    vcpu.request_pause()
+            for vcpu in self._vcpus if self.paused else ():
+                with suppress(HostError):
+                    vcpu.wait_parked(_HOLD_LIMIT)
             self._news.set()
 
     def pause(self) -> float:
@@ -123,16 +132,21 @@ class Lifecycle:
             for vcpu in () if self._closed else self._vcpus:  # a closed vCPU has no shared area to write to any more
                 vcpu.request_stop()
 
-    def join(self) -> None:
-        """Waits until all threads have ended, after end()."""
+    def join(self, let_go: Callable[[], None]) -> None:
+        """Waits until all threads have ended, after end().
+
+        let_go: called if one does not, and hold() has said why: it waits in KVM for a page, and no signal reaches it.
+        """
         self.require_foreign("wait for its own end: request_stop() it there")
         for vcpu in self._vcpus:
-            vcpu.join()
+            while not vcpu.join(_HOLD_LIMIT):
+                if self.trouble is not None:
+                    let_go()
 
-    def close(self) -> None:
+    def close(self, let_go: Callable[[], None]) -> None:
         """Ends the guest, if nothing has yet. The vCPUs may be closed then."""
         self.end(RunResult("stopped", 0))
-        self.join()
+        self.join(let_go)
         with self._lock:
             self._closed = True
 

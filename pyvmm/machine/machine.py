@@ -99,7 +99,7 @@ class VM:
                 first.set_struct("KVM_SET_LAPIC", "struct kvm_lapic_state", lapic)
             self._life = Lifecycle(self.vcpus)
             stack.callback(self.memory.close_engine)
-            stack.callback(self._life.close)
+            stack.callback(self._life.close, self.memory.close_engine)
             self.memory.on_engine = self._on_engine
             self._stack = stack.pop_all()
 
@@ -166,9 +166,9 @@ class VM:
             raise LifecycleError("the VM is not started: nothing would end")
         if not self._life.wait(timeout):
             return TIMED_OUT
-        if self._life.trouble is not None:
-            raise self._life.trouble
         outcome = self._life.outcome
+        if outcome is None and self._life.trouble is not None:
+            raise self._life.trouble
         if isinstance(outcome, RunResult):
             return outcome
         if isinstance(outcome, Crash):
@@ -189,9 +189,13 @@ class VM:
             self.memory.engine.retry()
 
     def stop(self, status: int = 0) -> None:
-        """Ends the guest now, as pulling the plug would, and waits until it has."""
+        """Ends the guest now, as pulling the plug would, and waits until it has.
+
+        Where a vCPU waits in KVM for a page that cannot be brought back, and no signal reaches it, the memory engine is
+        closed to free it: nothing of the guest's memory can be read then.
+        """
         self.request_stop(status)
-        self._life.join()
+        self._life.join(self.memory.close_engine)
 
     def request_stop(self, status: int = 0) -> None:
         """Ends the guest soon and returns at once. Any thread, also a vCPU's."""

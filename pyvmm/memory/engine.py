@@ -169,6 +169,7 @@ class Engine:
 
     def pin(self, page: int, count: int) -> None:
         """Brings pages back, and keeps their blocks from being removed until unpin(). Raises FetchError."""
+        self._check_range(page, count)
         native = self._enter()
         try:
             self._checked(lib.pv_engine_pin(native, page, count), page, count)

@@ -79,16 +79,18 @@ class Vcpu:
         """Asks the thread to end; returns at once."""
         lib.pv_request(self.native, lib.PV_REQUEST_STOP)
 
-    def wait_parked(self) -> None:
-        """Waits until the vCPU is parked or ended: no I/O half done, its state readable."""
-        result = lib.pv_wait_parked(self.native, int(PAUSE_LIMIT * 1e9))
+    def wait_parked(self, seconds: float = PAUSE_LIMIT) -> None:
+        """Waits until the vCPU is parked or ended: no I/O half done, its state readable. Raises HostError then."""
+        result = lib.pv_wait_parked(self.native, int(seconds * 1e9))
         if result == -errno.ETIMEDOUT:
-            raise HostError(f"vCPU {self.index} did not park within {PAUSE_LIMIT:.0f} s")
+            raise HostError(f"vCPU {self.index} did not park within {seconds:g} s")
 
-    def join(self) -> None:
-        """Waits for the thread to end, after request_stop()."""
-        if self._thread is not None and not self.is_current:
-            self._thread.join()
+    def join(self, seconds: float | None = None) -> bool:
+        """Waits for the thread to end, after request_stop(), at most so long: has it ended?"""
+        if self._thread is None or self.is_current:
+            return True
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
 
     def exits(self) -> dict[int, int]:
         """Exits so far, by KVM_EXIT_* number; those handled in C are counted too."""

@@ -46,7 +46,7 @@ def test_a_plain_line_needs_no_argparse(argv):
 @pytest.mark.parametrize(
     ("argv", "named"),
     [
-        ([], "give a command: run, pages, guests, dirty, bench, doctor"),
+        ([], "give a command: run, pages, guests, dirty, bench, torture, doctor"),
         (["fly"], "'fly'"),
         (["run"], "GUEST|FILE"),
         (["run", "hello", "--cpus", "two"], "'two'"),

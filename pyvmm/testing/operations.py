@@ -1,0 +1,262 @@
+# operations.py: what a guest's memory has to bear under torture: a sequence of operations that follows from a seed, and
+# the table of their kinds. Units: pages of 4 KiB, numbered by their place in RAM.
+"""`sequence`: the operations. `Subject`: the VM that they are done to, and what must be remembered of them."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, deque
+
+from pyvmm._native import ffi
+from pyvmm.errors import PyvmmError
+from pyvmm.layout import BLOCK_SIZE, PAGE_SIZE, Gpa
+from pyvmm.memory.homes import Home
+from pyvmm.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from typing import Literal, TypeAlias
+
+    from pyvmm.machine import VM
+    from pyvmm.memory.trace import Trace
+
+    Scope: TypeAlias = Literal["block", "run", "scratch", "none"]
+
+BLOCK_PAGES = BLOCK_SIZE // PAGE_SIZE
+SCRATCH_PAGES = 2 * BLOCK_PAGES
+"""So many pages at the end of RAM are not the guest's, and the host writes there."""
+
+TRACES: list[tuple[str, dict[str, object]]] = [
+    ("coarse", {"unit": unit, "refine": refine}) for unit in ("4K", "64K", "2M", "8M", "1G") for refine in (0, 1, 3)
+]
+TRACES += [("bitmap", {}), ("manual", {"chunk": "1M"})] * 4
+"""Trackers and their options, each as often as it is to be taken."""
+
+
+class Wrong(PyvmmError):
+    """Something is not as it must be."""
+
+    exit_code = 1
+
+
+class Operation(Record):
+    """One of a sequence. page, count: what it is done to, where it is done to pages; value: 32 random bits."""
+
+    __slots__ = ("count", "kind", "number", "page", "value")
+
+    def __init__(self, number: int, kind: str, page: int, count: int, value: int) -> None:
+        self.number = number
+        self.kind = kind
+        self.page = page
+        self.count = count
+        self.value = value
+
+    @property
+    def block(self) -> int:
+        """The block of its first page."""
+        return self.page // BLOCK_PAGES
+
+    def __str__(self) -> str:
+        where = f" {self.count} from page {self.page} (block {self.block})" if self.count else ""
+        return f"{self.number:6} {self.kind}{where} value={self.value:#x}"
+
+
+class Kind:
+    """weight: how often, of all weights; scope: what pages it takes; do: does it."""
+
+    def __init__(self, weight: float, scope: Scope, do: Callable[[Subject, Operation], object]) -> None:
+        self.weight = weight
+        self.scope = scope
+        self.do = do
+
+
+def sequence(seed: int, pages: int, kinds: Mapping[str, Kind] | None = None) -> Iterator[Operation]:
+    """Operations without end for a VM of so many pages; the same seed gives the same. Half of them go where one of the
+    last eight went, so that they meet. kinds: those of KINDS where not given."""
+    rows = KINDS if kinds is None else kinds
+    names, weights = list(rows), [row.weight for row in rows.values()]
+    rng = random.Random(seed)
+    recent: deque[int] = deque([0], 8)
+    number = 0
+    while True:
+        number += 1
+        kind = rng.choices(names, weights)[0]
+        page = count = 0
+        if rows[kind].scope == "scratch":
+            page, count = pages - 1 - rng.randrange(SCRATCH_PAGES), 1
+        elif rows[kind].scope != "none":
+            block = rng.choice(recent) if rng.random() < 0.5 else rng.randrange(-(-pages // BLOCK_PAGES))
+            recent.append(block)
+            page = block * BLOCK_PAGES
+            count = min(BLOCK_PAGES, pages - page)
+            if rows[kind].scope == "run":
+                first = rng.randrange(count)
+                page, count = page + first, min(count - first, 1 << rng.randrange(8))
+        yield Operation(number, kind, page, count, rng.getrandbits(32))
+
+
+class Store(Home):
+    """A home that keeps pages in a dict, and notes whoever treats it wrongly."""
+
+    def __init__(self) -> None:
+        self.pages: dict[int, bytes] = {}
+        self.wrong: list[str] = []
+        self._next = 0
+
+    def fetch(self, page: int, locators: Sequence[int]) -> bytes:
+        """The bytes."""
+        return b"".join(self.pages[locator] for locator in locators)
+
+    def store(self, page: int, data: bytes) -> Sequence[int]:
+        """Keeps them."""
+        first = self._next
+        self._next += len(data) // PAGE_SIZE
+        for at in range(first, self._next):
+            self.pages[at] = data[(at - first) * PAGE_SIZE :][:PAGE_SIZE]
+        return range(first, self._next)
+
+    def forget(self, page: int, locators: Sequence[int]) -> None:
+        """Drops them."""
+        self.wrong += [f"page {page} forgotten twice" for locator in locators if self.pages.pop(locator, None) is None]
+
+
+class Subject:
+    """A VM, and what must be true of it. written: pages that the host wrote, and their bytes; views: those held, each
+    with the number of the operation until which it is; dirty: pages traced since `baseline`, RAM as it was then."""
+
+    def __init__(self, vm: VM) -> None:
+        self.vm = vm
+        self.memory = vm.memory
+        self.engine = vm.memory.engine
+        self.pages = vm.memory.size // PAGE_SIZE
+        self.store = Store()
+        self.engine.set_home("swap", self.store)
+        self.written: dict[int, bytes] = {}
+        self.views: deque[tuple[memoryview, int]] = deque()
+        self.refused: Counter[str] = Counter()
+        self._trace: Trace | None = None
+        self.dirty = bytearray(-(-self.pages // 64) * 8)
+        self.baseline: bytes | None = None
+
+    def gpa(self, operation: Operation) -> Gpa:
+        """Where its pages begin."""
+        return self.memory.gpa_of(operation.page)
+
+    def pause(self) -> bool:
+        """Pauses, if it is not; was it?"""
+        was_paused = self.vm.paused
+        if not was_paused:
+            self.vm.pause()
+        return was_paused
+
+    def resume(self) -> None:
+        """Lets the guest go on, if it does not."""
+        if self.vm.paused:
+            self.vm.resume()
+
+    def read(self, operation: Operation) -> None:
+        """Reads all of it; of pages that the host wrote, compares."""
+        data = self.memory.read(self.gpa(operation), operation.count * PAGE_SIZE)
+        for page in range(operation.page, operation.page + operation.count):
+            at = (page - operation.page) * PAGE_SIZE
+            if page in self.written and self.written[page] != data[at : at + PAGE_SIZE]:
+                raise Wrong(f"page {page}, written by the host, has other bytes now")
+
+    def write_back(self, operation: Operation) -> None:
+        """Stops the guest and writes what is there."""
+        was_paused = self.pause()
+        gpa = self.gpa(operation)
+        self.memory.write(gpa, self.memory.read(gpa, operation.count * PAGE_SIZE))
+        if not was_paused:
+            self.vm.resume()
+
+    def write(self, operation: Operation) -> None:
+        """Writes a page of the host's: zeros, or anything."""
+        data = bytes(PAGE_SIZE) if operation.value % 4 == 0 else random.Random(operation.value).randbytes(PAGE_SIZE)
+        self.written[operation.page] = data
+        self.memory.write(self.gpa(operation), data)
+
+    def put_away(self, operation: Operation) -> None:
+        """Removes pages, and stores those that the guest has not fetched back meanwhile."""
+        self.engine.remove(operation.page, operation.count)
+        self.engine.store(operation.page, operation.count, "swap")
+
+    def view(self, operation: Operation) -> None:
+        """Holds a view for some operations; its pages must stay."""
+        view = self.memory.view(self.gpa(operation), operation.count * PAGE_SIZE)
+        self.views.append((view, operation.number + operation.value % 32))
+        if gone := self.engine.remove(operation.page, operation.count):
+            raise Wrong(f"{gone} pages of a view were removed")
+
+    def drop_views(self, number: int) -> None:
+        """Gives up the views that are held until before operation `number`."""
+        for _ in range(len(self.views)):
+            view, until = self.views.popleft()
+            if until >= number:
+                self.views.append((view, until))
+
+    @property
+    def traced(self) -> bool:
+        """Is a write trace on?"""
+        return self._trace is not None
+
+    def trace(self, operation: Operation) -> None:
+        """Starts one of TRACES; collects what was written; or stops it."""
+        if self._trace is None:
+            name, options = TRACES[operation.value % len(TRACES)]
+            self._trace = self.vm.trace(name, **options)
+            self._trace.start()
+        elif operation.value % 8:
+            self.collect()
+        else:
+            self.stop_trace()
+
+    def collect(self) -> None:
+        """Adds to `dirty`, a bit a page, what was written since the last time."""
+        if self._trace is not None:
+            self._trace.collect().mark(ffi.from_buffer("uint64_t[]", self.dirty))
+
+    def stop_trace(self) -> None:
+        """Ends a trace, where there is one."""
+        if self._trace is not None:
+            self._trace.stop()
+        self._trace = None
+        self.baseline = None
+
+
+def _refusable(do: Callable[[Subject, Operation], object]) -> Callable[[Subject, Operation], None]:
+    """An operation on a whole block, which the last one may not be, and which a held view may forbid."""
+
+    def tried(subject: Subject, operation: Operation) -> None:
+        try:
+            if operation.count == BLOCK_PAGES:
+                do(subject, operation)
+        except PyvmmError as error:
+            if not subject.views or "in use" not in str(error):
+                raise
+            subject.refused[operation.kind] += 1
+
+    return tried
+
+
+KINDS = {
+    "remove block": Kind(10, "block", lambda s, o: s.engine.remove(o.page, o.count)),
+    "remove run": Kind(10, "run", lambda s, o: s.engine.remove(o.page, o.count)),
+    "remove zeros": Kind(4, "block", lambda s, o: s.engine.remove(o.page, o.count, what="zero")),
+    "remove zeros, run": Kind(4, "run", lambda s, o: s.engine.remove(o.page, o.count, what="zero")),
+    "install block": Kind(3, "block", lambda s, o: s.engine.install(o.page, o.count)),
+    "install run": Kind(3, "run", lambda s, o: s.engine.install(o.page, o.count)),
+    "split": Kind(4, "block", lambda s, o: s.engine.split(o.block) if o.count == BLOCK_PAGES else None),
+    "merge": Kind(6, "block", _refusable(lambda s, o: s.engine.merge(o.block))),
+    "break": Kind(3, "block", _refusable(lambda s, o: s.engine.break_(o.block))),
+    "store block": Kind(5, "block", Subject.put_away),
+    "store run": Kind(5, "run", Subject.put_away),
+    "read": Kind(4, "run", Subject.read),
+    "write": Kind(4, "scratch", Subject.write),
+    "write back": Kind(2, "run", Subject.write_back),
+    "view": Kind(2, "run", Subject.view),
+    "pause": Kind(2, "none", lambda s, o: s.pause()),
+    "resume": Kind(6, "none", lambda s, o: s.resume()),
+    "trace": Kind(3, "none", Subject.trace),
+}  # fmt: skip

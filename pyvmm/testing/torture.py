@@ -1,0 +1,231 @@
+# torture.py: a guest that checks all of its memory, and random operations on that memory meanwhile. What is done
+# follows from the seed alone; what it did to the guest is judged by the guest, by a model and by the kernel.
+"""`Torture`: runs operations and checks. Raises TortureFailure, whose report names the seed and the operations."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter, deque
+from contextlib import contextmanager
+
+from pyvmm.errors import BadInput
+from pyvmm.layout import BLOCK_SIZE, GIB, MIB, PAGE_SIZE, format_size
+from pyvmm.machine import VM
+from pyvmm.testing.balance import imbalances
+from pyvmm.testing.operations import BLOCK_PAGES, KINDS, Subject, Wrong, sequence
+from pyvmm.testing.verify_model import check_memory, ram_hash
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from pyvmm.memory.space import Pages
+    from pyvmm.testing.operations import Operation
+
+MIN_MEMORY = 16 * MIB
+ZEROS = 100
+"""Of the guest's pages, per mille, are zeros."""
+STUCK_SECONDS = 20
+"""So long without progress, and a vCPU waits for a page that never comes."""
+SETTLE_SECONDS = 5
+FIRST_TOUCH = 50 * MIB
+"""Bytes a second that even a busy host gives out."""
+CHECK_EVERY = 400
+"""Operations from one full check to the next."""
+_SCRATCH_BLOCKS = 3
+"""At the end of RAM, not the guest's: more than the pages the host writes, since RAM may end within a block."""
+
+
+class TortureFailure(Wrong):
+    """Something is wrong. `report`: the seed, what, and the last operations, in lines for people."""
+
+    def __init__(self, sentence: str, seed: int, last: Iterable[Operation]) -> None:
+        super().__init__(sentence)
+        lines = [f"  {operation}" for operation in last]
+        self.report = "\n".join([f"seed {seed}: {sentence}", f"the last {len(lines)} operations:", *lines])
+
+
+class Torture:
+    """One VM under torture, with the guest at work. A context manager. done: operations by kind; checks: full ones."""
+
+    def __init__(self, seed: int, memory: int = 64 * MIB, cpus: int = 1, pages: Pages = "auto") -> None:
+        if memory < MIN_MEMORY:
+            raise BadInput(f"{format_size(memory)} of memory: torture takes at least {format_size(MIN_MEMORY)}")
+        self.seed = seed
+        self.done: Counter[str] = Counter()
+        self.checks = 0
+        self._last: deque[Operation] = deque(maxlen=20)
+        self.vm = VM(memory, cpus, pages)
+        try:
+            tables = memory > 3 * GIB  # of the guest's own, for what lies above
+            size = (memory // BLOCK_SIZE - 1 - _SCRATCH_BLOCKS - tables) * BLOCK_SIZE
+            self.vm.load("verify", f"seed={seed} order=random zeros={ZEROS} size={size}")
+            self.vm.memory.engine.poison = True
+            self.subject = Subject(self.vm)
+            self.vm.start()
+            patience = STUCK_SECONDS + memory / FIRST_TOUCH
+            self._await(lambda: self.vm.progress().passes > 0, "the guest's first pass", patience)
+        except BaseException:
+            self.vm.close()
+            raise
+
+    def __enter__(self) -> Torture:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.subject.views.clear()
+        self.vm.close()
+
+    @property
+    def operations(self) -> int:
+        """How many were done."""
+        return self.done.total()
+
+    def run(self, seconds: float, show: Callable[[Torture], None] = lambda torture: None, most: int = 0) -> None:
+        """Operations for so long, at most `most` if that is given, and the last check. show: called now and then."""
+        end = time.monotonic() + seconds
+        for operation in sequence(self.seed, self.subject.pages):
+            if time.monotonic() >= end or (most and operation.number > most):
+                break
+            self.do(operation)
+            if operation.number % CHECK_EVERY == 0:
+                self.check()
+            if operation.number % 50 == 0:
+                show(self)
+        self.finish()
+
+    def do(self, operation: Operation) -> None:
+        """One operation, and a look at the guest."""
+        self._last.append(operation)
+        self.subject.drop_views(operation.number)
+        with self._blamed():
+            KINDS[operation.kind].do(self.subject, operation)
+            self._look_at_guest()
+        self.done[operation.kind] += 1
+
+    # ---- checks ----
+
+    def check(self) -> None:
+        """Looks at everything, with all of it in the guest and with all of it away."""
+        with self._blamed():
+            self._check()
+
+    def _check(self) -> None:
+        """Every vCPU must get on. Then, paused: books, memory; all of it is taken out; and the same again."""
+        self.subject.resume()
+        before = [(work.passes, work.index) for work in self.vm.progress().work]
+        self._await(lambda: all(_moved(self.vm, before)), "the next page of each vCPU")
+        self.vm.pause()
+        self.subject.views.clear()
+        self._check_books()
+        first = self._check_contents()
+        if self.subject.traced:
+            self._check_trace()
+        self._await(self._all_removed, "all pages to be away, where nothing runs")
+        self._check_books()
+        if self._check_contents() != first:
+            raise Wrong("RAM has changed while the guest was paused")
+        self.checks += 1
+        self.vm.resume()
+
+    def finish(self) -> None:
+        """The last check. Then all blocks are merged, and must be mapped large by KVM where the guest touched them."""
+        with self._blamed():
+            self._check()
+            self._check_merged()
+
+    def _all_removed(self) -> bool:
+        for page in range(0, self.subject.pages, BLOCK_PAGES):
+            self.subject.engine.remove(page, min(BLOCK_PAGES, self.subject.pages - page))
+        return self.subject.engine.count().present == 0
+
+    def _check_merged(self) -> None:
+        self.subject.stop_trace()
+        for block in range(self.subject.pages // BLOCK_PAGES):
+            self.subject.engine.install(block * BLOCK_PAGES, BLOCK_PAGES)
+            self.subject.engine.merge(block)
+        self.subject.engine.install(0, self.subject.pages)
+        passes = self.vm.progress().passes + 2
+        self._await(lambda: self.vm.progress().passes >= passes, "a pass over merged memory")
+        self.vm.pause()
+        count, found = self.subject.engine.count(), self.vm.mappings()
+        if count.away or count.armed or count.large < self.subject.pages // BLOCK_PAGES * BLOCK_PAGES:
+            raise Wrong(f"all blocks are merged, and the kernel has {count!r}")
+        if found["pages_2m"] < self.vm.progress().region_size // BLOCK_SIZE and found["pages_4k"]:
+            raise Wrong(f"all blocks are merged and touched, and KVM maps {found}")
+        self._check_books()
+        self._check_contents()
+
+    def _check_contents(self) -> str:
+        wrong = check_memory(self.vm.memory, self.vm.progress(), zeros=ZEROS, order="random")
+        if wrong:
+            raise Wrong(f"{len(wrong)} wrong pages: {'; '.join(page.text for page in wrong[:3])}")
+        for page, data in self.subject.written.items():
+            if self.vm.memory.read(self.vm.memory.gpa_of(page), PAGE_SIZE) != data:
+                raise Wrong(f"page {page}, written by the host, has other bytes now")
+        return ram_hash(self.vm.memory)
+
+    def _check_books(self) -> None:
+        """A fault that a vCPU took before it was parked may still be under way: its end is waited for."""
+        end = time.monotonic() + SETTLE_SECONDS
+        while wrong := self._imbalances():
+            if time.monotonic() > end:
+                raise Wrong("; ".join(wrong))
+            os.sched_yield()
+
+    def _imbalances(self) -> list[str]:
+        subject = self.subject
+        wrong = imbalances(subject.memory, armed=True if subject.traced else None) + subject.store.wrong
+        if len(subject.store.pages) != (stored := subject.engine.count().homes["swap"]):
+            wrong.append(f"the home keeps {len(subject.store.pages)} pages, and the engine counts {stored} there")
+        return wrong
+
+    def _check_trace(self) -> None:
+        """Every page that has changed since the last time must have been reported."""
+        import numpy as np
+
+        self.subject.collect()
+        now = b"".join(self.vm.memory.read(region.gpa, region.size) for region in self.vm.memory.regions)
+        if self.subject.baseline is not None:
+            changed = (_words(now) != _words(self.subject.baseline)).any(axis=1)
+            reported = np.unpackbits(np.frombuffer(self.subject.dirty, np.uint8), bitorder="little")[: len(changed)]
+            if len(missed := np.flatnonzero(changed & (reported == 0))):
+                raise Wrong(f"{len(missed)} pages were written and not traced: {missed[:8].tolist()}")
+        self.subject.baseline = now
+        self.subject.dirty[:] = bytes(len(self.subject.dirty))
+
+    def _look_at_guest(self) -> None:
+        result = self.vm.wait(0)
+        if result.reason != "timeout":
+            raise Wrong(f"the guest has ended: {result!r} {self.vm.printed.strip()!r}")
+
+    def _await(self, is_so: Callable[[], bool], what: str, seconds: float = STUCK_SECONDS) -> None:
+        end = time.monotonic() + seconds
+        while not is_so():
+            self._look_at_guest()
+            if time.monotonic() > end:
+                raise Wrong(f"waited {seconds:.0f} s for {what}")
+            os.sched_yield()
+
+    @contextmanager
+    def _blamed(self) -> Iterator[None]:
+        """Whatever goes wrong within is a TortureFailure."""
+        try:
+            yield
+        except Exception as error:
+            sentence = str(error) if type(error) is Wrong else f"{type(error).__name__}: {error}"
+            raise TortureFailure(sentence, self.seed, self._last) from error
+
+
+def _moved(vm: VM, before: list[tuple[int, int]]) -> list[bool]:
+    return [(work.passes, work.index) != then for work, then in zip(vm.progress().work, before, strict=True)]
+
+
+def _words(ram: bytes) -> NDArray[np.uint64]:
+    import numpy as np
+
+    return np.frombuffer(ram, np.uint64).reshape(-1, PAGE_SIZE // 8)
