@@ -11,6 +11,7 @@ from pyvmm._native import ffi
 from pyvmm.errors import PyvmmError
 from pyvmm.layout import BLOCK_SIZE, PAGE_SIZE, Gpa
 from pyvmm.memory.homes import Home
+from pyvmm.memory.trace.coarse import Coarse
 from pyvmm.record import Record
 
 TYPE_CHECKING = False
@@ -200,6 +201,11 @@ class Subject:
     def traced(self) -> bool:
         """Is a write trace on?"""
         return self._trace is not None
+
+    @property
+    def watched(self) -> bool:
+        """Does the trace that is on keep RAM registered with userfaultfd?"""
+        return isinstance(self._trace, Coarse)
 
     def trace(self, operation: Operation) -> None:
         """Starts one of TRACES; collects what was written; or stops it."""

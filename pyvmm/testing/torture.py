@@ -179,7 +179,7 @@ class Torture:
 
     def _imbalances(self) -> list[str]:
         subject = self.subject
-        wrong = imbalances(subject.memory, armed=True if subject.traced else None) + subject.store.wrong
+        wrong = imbalances(subject.memory, armed=True if subject.watched else None) + subject.store.wrong
         if len(subject.store.pages) != (stored := subject.engine.count().homes["swap"]):
             wrong.append(f"the home keeps {len(subject.store.pages)} pages, and the engine counts {stored} there")
         return wrong
