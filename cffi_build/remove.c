@@ -92,19 +92,14 @@ int take_out(struct pv_engine *engine, uint64_t page, uint32_t count)
     return gone ? (int)gone : error;
 }
 
-/* Of the pages taken out: those that are zeros to ZERO, the others back; a large page as a whole or not at all. */
-static int keep_zeros(struct pv_engine *engine, uint64_t page, uint32_t count, const bool *was_away)
+/* Of pages just taken out: those that are zeros to ZERO, the others back; a large page as a whole or not at all. */
+static int keep_zeros(struct pv_engine *engine, uint64_t page, uint32_t count)
 {
-    bool large = block_word(engine, page / PV_BLOCK_PAGES) & PV_BLOCK_ASIDE_LARGE;
-    uint32_t zeros = 0, aside = 0;
-    bool zero[PV_BLOCK_PAGES];
-    for (uint32_t i = 0; i < count; i++) {
-        bool taken = !was_away[i] && page_home(engine, page + i) == PV_HOME_ASIDE;
-        zero[i] = taken && is_zero(aside_at(engine, page + i));
-        aside += taken;
-        zeros += zero[i];
-    }
-    if (large && zeros < aside) {
+    bool large = block_word(engine, page / PV_BLOCK_PAGES) & PV_BLOCK_ASIDE_LARGE, zero[PV_BLOCK_PAGES];
+    uint32_t zeros = 0;
+    for (uint32_t i = 0; i < count; i++)
+        zeros += zero[i] = page_home(engine, page + i) == PV_HOME_ASIDE && is_zero(aside_at(engine, page + i));
+    if (large && zeros < count) {
         int answer = bring(engine, page, count);
         return answer < 0 ? answer : 0;
     }
@@ -117,34 +112,47 @@ static int keep_zeros(struct pv_engine *engine, uint64_t page, uint32_t count, c
             if (!large)
                 (void)madvise(aside_at(engine, page + i), PV_PAGE, MADV_DONTNEED);
             page_set(engine, page + i, PV_HOME_ZERO);
-        } else if (!was_away[i] && page_home(engine, page + i) == PV_HOME_ASIDE) {
+        } else if (page_home(engine, page + i) == PV_HOME_ASIDE) {
             int answer = bring_small(engine, page + i, 1); /* were all away, bring() would bring the zeros too */
             if (answer < 0)
                 return answer;
         }
     }
-    return (int)zeros;
+    return 0;
+}
+
+/* Only what seems to be zeros is taken out, and looked at again there, where nobody can write to it. What is populated
+ * can be read in the guest's mapping under the lock: nothing is missing. */
+static int remove_zeros(struct pv_engine *engine, uint64_t page, uint32_t count)
+{
+    struct populated seen;
+    bool seems[PV_BLOCK_PAGES];
+    uint32_t away = block_away(engine, page / PV_BLOCK_PAGES);
+    int error = look_at(engine, ram_at(engine, page), count, &seen);
+    if (error || (seen.large && count < PV_BLOCK_PAGES))
+        return error; /* to take a part of a large page would break it */
+    for (uint32_t i = 0; i < count; i++) {
+        seems[i] = page_home(engine, page + i) == PV_HOME_PRESENT &&
+                   (!is_populated(&seen, i) || is_zero(ram_at(engine, page + i)));
+        if (seen.large && !seems[i])
+            return 0;
+    }
+    for (uint32_t i = 0, run; !error && i < count; i += run) {
+        for (run = 1; i + run < count && seems[i + run] == seems[i]; run++)
+            ;
+        if (!seems[i])
+            continue;
+        error = take_out(engine, page + i, run);
+        error = error < 0 ? error : keep_zeros(engine, page + i, run);
+    }
+    return error < 0 ? error : (int)(block_away(engine, page / PV_BLOCK_PAGES) - away);
 }
 
 static int remove_locked(struct pv_engine *engine, uint64_t page, uint32_t count, int what)
 {
     if (block_pins(engine, page / PV_BLOCK_PAGES))
         return -EBUSY;
-    uint32_t away = block_away(engine, page / PV_BLOCK_PAGES);
-    bool was_away[PV_BLOCK_PAGES];
-    for (uint32_t i = 0; i < count; i++)
-        was_away[i] = page_home(engine, page + i) != PV_HOME_PRESENT;
-    if (what == PV_REMOVE_ZERO && count < PV_BLOCK_PAGES) { /* a part of a large page stays: to take it would break that */
-        struct populated seen;
-        int error = look_at(engine, ram_at(engine, page), count, &seen);
-        if (error || seen.large)
-            return error;
-    }
-    int gone = take_out(engine, page, count);
-    if (gone <= 0 || what == PV_REMOVE_ASIDE)
-        return gone;
-    int error = keep_zeros(engine, page, count, was_away);
-    return error < 0 ? error : (int)(block_away(engine, page / PV_BLOCK_PAGES) - away);
+    return what == PV_REMOVE_ZERO ? remove_zeros(engine, page, count) : take_out(engine, page, count);
 }
 
 static bool in_block(const struct pv_engine *engine, uint64_t page, uint64_t count)
