@@ -47,6 +47,14 @@ static int copy_aside(struct pv_engine *engine, uint64_t page, const struct popu
     return uffd_move(engine, engine->aside_uffd, aside_at(engine, page), slot_at(engine, slot), PV_BLOCK);
 }
 
+/* What was copied, but stays in the guest after all. */
+static void drop_copies(struct pv_engine *engine, uint64_t page, uint32_t count)
+{
+    for (uint32_t i = 0; i < count; i++)
+        if (page_home(engine, page + i) == PV_HOME_PRESENT)
+            (void)madvise(aside_at(engine, page + i), PV_PAGE, MADV_DONTNEED);
+}
+
 /* Protected, so that writers wait; copied; dropped. Readers see the pages until they are dropped. A trace lifts
  * protection in units of its own, of other blocks than the faulting one too: not in the meantime. */
 static int copy_out(struct pv_engine *engine, uint64_t page, uint32_t count)
@@ -60,8 +68,10 @@ static int copy_out(struct pv_engine *engine, uint64_t page, uint32_t count)
     error = error ? error : copy_aside(engine, page, &seen, slot);
     if (!error && madvise(from, (size_t)count * PV_PAGE, MADV_DONTNEED))
         error = -errno;
-    if (error)
+    if (error) {
         (void)!uffd_protect(engine, from, (uint64_t)count * PV_PAGE, false);
+        drop_copies(engine, page, count);
+    }
     trace_leave(engine, page, error ? count : 0);
     if (slot >= 0)
         slot_give(engine, slot);
