@@ -55,7 +55,8 @@ static int fetch(struct pv_engine *engine, uint64_t page, uint32_t count, uint8_
     default:
         if (!engine->homes[home].fetch)
             return -ENXIO;
-        return engine->homes[home].fetch(engine->homes[home].self, page, count, &engine->page_words[page], to);
+        return home_result(
+            engine->homes[home].fetch(engine->homes[home].self, page, count, &engine->page_words[page], to));
     }
 }
 

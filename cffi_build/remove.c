@@ -217,7 +217,7 @@ int pv_engine_store(struct pv_engine *engine, uint64_t page, uint32_t count, uin
             i++;
             continue;
         }
-        int error = to->store(to->self, page + i, run, aside_at(engine, page + i), locators);
+        int error = home_result(to->store(to->self, page + i, run, aside_at(engine, page + i), locators));
         if (error) {
             stored = error; /* what went before is in its new home, the rest is still aside */
             break;
