@@ -86,7 +86,7 @@ struct pv_engine_stats {
     struct pv_stall others;      /* threads of ours that are no vCPU */
 };
 
-/* A home that Python or another part of C provides. All return 0 or -errno; called under the block's lock, from the
+/* A home that Python or another part of C provides. All return 0 or -errno (what else they return counts as -EIO); called under the block's lock, from the
  * engine's thread or any other, never from two threads for one block. */
 struct pv_home {
     /* Brings `count` pages from `page` on, whose words are words[0..count), into `to`. */

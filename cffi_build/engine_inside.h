@@ -4,6 +4,7 @@
 
 #include "native.h"
 
+#include <errno.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdbool.h>
@@ -73,6 +74,9 @@ static inline void note_longest(uint64_t *longest, uint64_t value)
 }
 
 uint64_t pv_now(void); /* ns, CLOCK_MONOTONIC */
+
+/* Of a home: a positive result would be taken for an answer. */
+static inline int home_result(int result) { return result > 0 ? -EIO : result; }
 
 static inline uint8_t *ram_at(const struct pv_engine *engine, uint64_t page) { return engine->ram + page * PV_PAGE; }
 static inline uint8_t *aside_at(const struct pv_engine *engine, uint64_t page)

@@ -30,7 +30,8 @@ static uint8_t *slot_at(struct pv_engine *engine, int slot) { return engine->sta
 /* Empty afterwards, its page table too, so that the next large page in it is whole and zeroed by the kernel. */
 static void slot_give(struct pv_engine *engine, int slot)
 {
-    (void)madvise(slot_at(engine, slot), PV_BLOCK, MADV_DONTNEED);
+    if (madvise(slot_at(engine, slot), PV_BLOCK, MADV_DONTNEED))
+        memset(slot_at(engine, slot), 0, PV_BLOCK); /* locked memory: what is left would be taken for zeros */
     pthread_mutex_lock(&engine->slot_mutex);
     engine->slots_taken &= ~(1u << slot);
     pthread_cond_signal(&engine->slot_free);
@@ -54,7 +55,8 @@ static int fetch(struct pv_engine *engine, uint64_t page, uint32_t count, uint8_
     default:
         if (!engine->homes[home].fetch)
             return -ENXIO;
-        return engine->homes[home].fetch(engine->homes[home].self, page, count, &engine->page_words[page], to);
+        return home_result(
+            engine->homes[home].fetch(engine->homes[home].self, page, count, &engine->page_words[page], to));
     }
 }
 

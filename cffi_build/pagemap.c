@@ -104,29 +104,29 @@ void page_set(struct pv_engine *engine, uint64_t page, uint64_t word)
 #define ENTRY_PRESENT (1ull << 63)
 #define ENTRY_SWAPPED (1ull << 62)
 
-/* Calls `see` for each populated run. Without PAGEMAP_SCAN (kernels before 6.7) large mappings look small. */
+/* Calls `see` for each populated run. Without PAGEMAP_SCAN (kernels before 6.7), or where it fails, large mappings look
+ * small: what was moved must be seen, or it is lost. */
 static int walk(struct pv_engine *engine, const uint8_t *base, uint64_t pages,
                 void (*see)(void *into, uint64_t page, uint64_t count, bool large), void *into)
 {
-    uint64_t start = (uintptr_t)base, end = start + pages * PV_PAGE;
+    uint64_t start = (uintptr_t)base, end = start + pages * PV_PAGE, at = start;
     if (engine->scans) {
         struct page_region found[REGIONS];
-        for (uint64_t at = start; at < end;) {
+        while (at < end) {
             struct pm_scan_arg scan = {.size = sizeof(scan), .start = at, .end = end, .vec = (uintptr_t)found,
                                        .vec_len = REGIONS, .category_anyof_mask = POPULATED,
                                        .return_mask = POPULATED | PAGE_IS_HUGE};
             int count = ioctl(engine->pagemap, PAGEMAP_SCAN, &scan);
             if (count < 0)
-                return -errno;
+                break;
             for (int i = 0; i < count; i++)
                 see(into, (found[i].start - start) / PV_PAGE, (found[i].end - found[i].start) / PV_PAGE,
                     found[i].categories & PAGE_IS_HUGE);
             at = scan.walk_end;
         }
-        return 0;
     }
     uint64_t entries[PV_BLOCK_PAGES];
-    for (uint64_t page = 0; page < pages; page += PV_BLOCK_PAGES) {
+    for (uint64_t page = (at - start) / PV_PAGE; page < pages; page += PV_BLOCK_PAGES) {
         uint64_t count = pages - page < PV_BLOCK_PAGES ? pages - page : PV_BLOCK_PAGES;
         ssize_t size = (ssize_t)(count * sizeof(entries[0]));
         ssize_t got = pread(engine->pagemap, entries, (size_t)size, (off_t)(start / PV_PAGE + page) * 8);

@@ -26,6 +26,14 @@ static bool is_zero(const uint8_t *page)
 
 /* ---- out of the guest, into the aside area ---- */
 
+/* What was copied, but stays in the guest after all. */
+static void drop_copies(struct pv_engine *engine, uint64_t page, uint32_t count)
+{
+    for (uint32_t i = 0; i < count; i++)
+        if (page_home(engine, page + i) == PV_HOME_PRESENT)
+            (void)madvise(aside_at(engine, page + i), PV_PAGE, MADV_DONTNEED);
+}
+
 /* Without UFFDIO_MOVE: protected, so that writers wait; copied; dropped. Readers see the pages until they are dropped.
  * A trace lifts protection in units of its own, of other blocks than the faulting one too: not in the meantime. */
 static int copy_out(struct pv_engine *engine, uint64_t page, uint32_t count)
@@ -40,8 +48,10 @@ static int copy_out(struct pv_engine *engine, uint64_t page, uint32_t count)
             memcpy(aside_at(engine, page + i), ram_at(engine, page + i), PV_PAGE);
     if (!error && madvise(from, (size_t)count * PV_PAGE, MADV_DONTNEED))
         error = -errno;
-    if (error)
+    if (error) {
         (void)!uffd_protect(engine, from, (uint64_t)count * PV_PAGE, false);
+        drop_copies(engine, page, count);
+    }
     trace_leave(engine, page, error ? count : 0);
     return error;
 }
@@ -193,7 +203,7 @@ int pv_engine_store(struct pv_engine *engine, uint64_t page, uint32_t count, uin
             i++;
             continue;
         }
-        int error = to->store(to->self, page + i, run, aside_at(engine, page + i), locators);
+        int error = home_result(to->store(to->self, page + i, run, aside_at(engine, page + i), locators));
         if (error) {
             stored = error; /* what went before is in its new home, the rest is still aside */
             break;

@@ -197,7 +197,7 @@ class Engine:
 
     def merge(self, block: int) -> None:
         """Makes a block one large page again, bringing back what is away in it. Raises FetchError, KernelError."""
-        self._on_block(lib.pv_engine_merge, block, "merge")
+        self._on_block(lib.pv_engine_merge, block, "merge", fetches=True)
 
     def break_(self, block: int) -> None:
         """Splits a block and gives up its physical large page: its small pages can be freed one by one."""
@@ -208,12 +208,16 @@ class Engine:
         words = lib.pv_engine_blocks(self._native)
         return block < self._pages // BLOCK_PAGES and not int(words[block]) & lib.PV_BLOCK_SMALL
 
-    def _on_block(self, function: Callable[..., int], block: int, call: str, equip: bool = True) -> None:
+    def _on_block(
+        self, function: Callable[..., int], block: int, call: str, equip: bool = True, fetches: bool = False
+    ) -> None:
         if not 0 <= block < self._pages // BLOCK_PAGES:
             raise MemoryAccessError(f"block {block} is not (wholly) RAM: the VM has {self._pages // BLOCK_PAGES}")
         result = self.call(function, block, equip=equip)
         if result in (-errno.EBUSY, -errno.EAGAIN):
             raise HostError(f"block {block} is in use: a view of it is held, or the kernel works with one of its pages")
+        if fetches and result < 0 and (kept := self._kept_in(block)) is not None:
+            raise self._fetch_error(kept, self._home_of(kept), -result)
         check(result, call, block=block)
 
     # ---- what is known ----
@@ -297,6 +301,11 @@ class Engine:
 
     def _home_of(self, page: int) -> int:
         return int(lib.pv_engine_pages(self._native)[page]) & lib.PV_PAGE_HOME
+
+    def _kept_in(self, block: int) -> int | None:
+        """The block's first page that is in a home which is not the engine's own."""
+        pages = range(block * BLOCK_PAGES, (block + 1) * BLOCK_PAGES)
+        return next((page for page in pages if self._home_of(page) >= lib.PV_HOME_FILE), None)
 
     def _home_number(self, name: str) -> int:
         if name not in HOMES[3:]:

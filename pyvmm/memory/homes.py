@@ -63,7 +63,8 @@ def _locators(words: CData, count: int) -> list[int]:
 
 def _failed(home: Home, error: BaseException) -> int:
     home.error = error
-    return -(error.errno or errno.EIO) if isinstance(error, OSError) else -errno.EIO
+    number = error.errno if isinstance(error, OSError) else None
+    return -number if isinstance(number, int) and number in errno.errorcode else -errno.EIO
 
 
 # BaseException below: nothing may travel into C, and KeyboardInterrupt comes to the main thread only.

@@ -1,0 +1,271 @@
+# test_pagemap_machine.py: the memory engine's C files on a stand-in for userfaultfd (fake_uffd.c), which fails where it
+# is told: whatever happens, each page's bytes are in one place, and the books balance. Needs no KVM, no userfaultfd.
+from __future__ import annotations
+
+import errno
+import subprocess
+from pathlib import Path
+
+import pytest
+from cffi import FFI
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ("engine", "pagemap", "uffd", "fault", "install", "remove", "blocks", "coarse", "map")
+REPLACED = ("ioctl", "madvise", "clock_gettime")
+DECLARATIONS = """
+struct pv_engine *fake_open(uint64_t pages, uint64_t small_blocks, uint32_t how);
+void fake_close(struct pv_engine *engine);
+void fake_scans(int on);
+void fake_inject(int call, uint64_t skip, uint64_t pages, int error, int times);
+int fake_pending(void);
+void fake_clear(void);
+void fake_put(uint64_t locator, uint64_t value);
+int guest_write(struct pv_engine *engine, uint64_t page, uint64_t value);
+uint64_t guest_read(struct pv_engine *engine, uint64_t page);
+void fake_values(struct pv_engine *engine, uint64_t *values);
+int fake_check(struct pv_engine *engine, uint64_t users, uint64_t pins, char *text, size_t size);
+int fake_armed(void);
+uint32_t fake_block_flags(struct pv_engine *engine, uint64_t block);
+int pv_engine_remove(struct pv_engine *engine, uint64_t page, uint32_t count, int what);
+int pv_engine_store(struct pv_engine *engine, uint64_t page, uint32_t count, uint32_t home);
+int pv_engine_assign(struct pv_engine *engine, uint64_t page, uint64_t count, uint32_t home, uint64_t locator);
+int pv_engine_install(struct pv_engine *engine, uint64_t page, uint64_t count);
+int pv_engine_pin(struct pv_engine *engine, uint64_t page, uint64_t count);
+void pv_engine_unpin(struct pv_engine *engine, uint64_t page, uint64_t count);
+int pv_engine_split(struct pv_engine *engine, uint64_t block);
+int pv_engine_merge(struct pv_engine *engine, uint64_t block);
+int pv_engine_break(struct pv_engine *engine, uint64_t block);
+int pv_trace_start(struct pv_engine *engine, uint32_t shift, uint32_t refine);
+int pv_trace_collect(struct pv_engine *engine, uint64_t *bits);
+int pv_trace_stop(struct pv_engine *engine);
+"""
+CALLS = ("move", "copy", "zero", "protect", "register", "unregister", "scan", "drop", "collapse", "populate", "advise",
+         "fetch", "store")  # fmt: skip
+ERRORS = (errno.EAGAIN, errno.EBUSY, errno.ENOMEM, errno.EINTR, errno.EIO)
+MOVE, POISON = 1, 2
+ZERO, ASIDE, SWAP = 1, 2, 4
+BLOCK = 512
+PAGES = 2 * BLOCK + 5
+TORN, MISSING, NOWHERE = (1 << 64) - 1, (1 << 64) - 2, (1 << 64) - 3
+
+ffi = FFI()
+ffi.cdef(DECLARATIONS)
+
+
+def compile_engine(directory, *flags):
+    """The shared object of engine and stand-in."""
+    objects = []
+    replaced = [f"-D{name}=fake_{name}" for name in REPLACED]
+    common = [
+        "gcc",
+        "-std=gnu11",
+        "-g",
+        "-O1",
+        "-fPIC",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        f"-I{ROOT / 'cffi_build'}",
+        *flags,
+    ]
+    for name in SOURCES:
+        objects.append(str(directory / f"{name}.o"))
+        subprocess.run([*common, *replaced, "-c", ROOT / f"cffi_build/{name}.c", "-o", objects[-1]], check=True)
+    target = directory / "fake.so"
+    fake = Path(__file__).with_name("fake_uffd.c")
+    subprocess.run([*common, "-shared", "-o", target, fake, *objects, "-lpthread"], check=True)
+    return target
+
+
+@pytest.fixture(scope="module")
+def lib(tmp_path_factory):
+    return ffi.dlopen(str(compile_engine(tmp_path_factory.mktemp("fake"))))
+
+
+pages = st.integers(0, PAGES - 1)
+blocks = st.integers(0, 2)
+counts = st.one_of(st.just(BLOCK), st.integers(1, 40), st.integers(1, BLOCK))
+values = st.one_of(st.just(0), st.integers(1, 9))
+
+
+class Engine(RuleBasedStateMachine):
+    """`model`: what each page holds. A failure may be injected into each operation; none may lose a byte."""
+
+    lib = None
+    """Set by the test."""
+
+    @initialize(
+        how=st.sampled_from([0, MOVE, MOVE | POISON, POISON]),
+        small=st.sampled_from([0, 1, 1 << 63]),
+        scans=st.sampled_from([1, 1, 0]),
+    )
+    def begin(self, how, small, scans):
+        self.lib.fake_scans(scans)
+        self.engine = self.lib.fake_open(PAGES, small, how)
+        self.model = [0] * PAGES
+        self.pins = []
+        self.traced = False
+        self.written = set()
+        self.bits = ffi.new("uint64_t[]", PAGES // 64 + 1)
+
+    def teardown(self):
+        if not hasattr(self, "engine"):
+            return
+        self.lib.fake_clear()
+        try:
+            for page, count in self.pins:
+                self.lib.pv_engine_unpin(self.engine, page, count)
+            if self.traced:
+                assert self.lib.pv_trace_stop(self.engine) == 0
+            self.traced, self.pins = False, []
+            self.balanced()
+            assert self.lib.pv_engine_install(self.engine, 0, PAGES) == 0
+            self.balanced()
+            assert [self.lib.guest_read(self.engine, page) for page in range(PAGES)] == self.model
+            self.balanced()
+            # A registration that could not be undone in a failure is undone when the next one ends.
+            assert self.lib.pv_engine_remove(self.engine, 0, 1, 0) == 1
+            assert self.lib.pv_engine_install(self.engine, 0, 1) == 0
+            assert not self.lib.fake_armed()
+        finally:
+            self.lib.fake_close(self.engine)
+
+    def within(self, page, count):
+        return min(count, BLOCK - page % BLOCK, PAGES - page)
+
+    @rule(
+        call=st.sampled_from(range(len(CALLS))),
+        skip=st.integers(0, 6),
+        part=st.sampled_from([0, 0, 1, 3, 200]),
+        error=st.sampled_from(ERRORS),
+        times=st.sampled_from([1, 1, 2, 500]),
+    )
+    def inject(self, call, skip, part, error, times):
+        """What is to fail from now on; until cleared, or through."""
+        self.lib.fake_inject(call, skip, part, error, times)
+
+    @rule()
+    def clear(self):
+        self.lib.fake_clear()
+
+    @rule(page=pages, count=counts, what=st.sampled_from([0, 0, 1]))
+    def remove(self, page, count, what):
+        self.lib.pv_engine_remove(self.engine, page, self.within(page, count), what)
+
+    @rule(block=blocks, what=st.sampled_from([0, 0, 1]))
+    def remove_block(self, block, what):
+        self.remove(block * BLOCK, BLOCK, what)
+
+    @rule(page=pages, count=counts)
+    def store(self, page, count):
+        self.lib.pv_engine_store(self.engine, page, self.within(page, count), SWAP)
+
+    @rule(page=pages, count=st.integers(0, PAGES))
+    def install(self, page, count):
+        count = min(count, PAGES - page)
+        pending = self.lib.fake_pending()
+        result = self.lib.pv_engine_install(self.engine, page, count)
+        assert result == 0 or (result < 0 and pending)
+
+    @rule(block=blocks)
+    def split(self, block):
+        self.lib.pv_engine_split(self.engine, block)
+
+    @rule(block=blocks)
+    def merge(self, block):
+        self.lib.pv_engine_merge(self.engine, block)
+
+    @rule(block=blocks)
+    def break_(self, block):
+        self.lib.pv_engine_break(self.engine, block)
+
+    @rule(page=pages, value=values)
+    def write(self, page, value):
+        pending = self.lib.fake_pending()
+        if self.lib.guest_write(self.engine, page, value) == 0:
+            self.model[page] = value
+            self.written.add(page)
+        else:
+            assert pending
+
+    @rule(page=pages, count=counts, value=values)
+    def write_run(self, page, count, value):
+        for each in range(page, page + self.within(page, count)):
+            self.write(each, value)
+
+    @rule(block=st.integers(0, 1), value=values)
+    def write_block(self, block, value):
+        self.write_run(block * BLOCK, BLOCK, value)
+
+    @rule(page=pages)
+    def read(self, page):
+        pending = self.lib.fake_pending()
+        value = self.lib.guest_read(self.engine, page)
+        assert value == self.model[page] or (value == MISSING and pending)
+
+    @rule(page=pages, count=st.integers(1, 600))
+    def pin(self, page, count):
+        count = min(count, PAGES - page)
+        if self.lib.pv_engine_pin(self.engine, page, count) == 0:
+            self.pins.append((page, count))
+
+    @precondition(lambda self: self.pins)
+    @rule()
+    def unpin(self):
+        self.lib.pv_engine_unpin(self.engine, *self.pins.pop())
+
+    @precondition(lambda self: not self.traced)
+    @rule(shift=st.sampled_from([12, 14, 21, 22, 30]), refine=st.integers(0, 2))
+    def trace(self, shift, refine):
+        self.written.clear()
+        self.traced = self.lib.pv_trace_start(self.engine, shift, refine) == 0
+        ffi.memmove(self.bits, bytes(ffi.sizeof(self.bits)), ffi.sizeof(self.bits))
+
+    @precondition(lambda self: self.traced)
+    @rule()
+    def collect(self):
+        if self.lib.pv_trace_collect(self.engine, self.bits) == 0:
+            missed = [page for page in self.written if not self.bits[page // 64] >> page % 64 & 1]
+            assert missed == []
+            self.written.clear()
+            ffi.memmove(self.bits, bytes(ffi.sizeof(self.bits)), ffi.sizeof(self.bits))
+
+    @precondition(lambda self: self.traced)
+    @rule()
+    def stop_trace(self):
+        self.lib.fake_clear()
+        assert self.lib.pv_trace_stop(self.engine) == 0
+        self.traced = False
+
+    @invariant()
+    def balanced(self):
+        if not hasattr(self, "engine"):
+            return
+        text = ffi.new("char[300]")
+        pins = sum((page + count - 1) // BLOCK - page // BLOCK + 1 for page, count in self.pins)
+        assert not self.lib.fake_check(self.engine, int(self.traced), pins, text, 300), ffi.string(text).decode()
+        found = ffi.new("uint64_t[]", PAGES)
+        self.lib.fake_values(self.engine, found)
+        wrong = [(page, found[page], self.model[page]) for page in range(PAGES) if found[page] != self.model[page]]
+        assert wrong[:5] == []
+
+
+def test_no_failure_loses_a_byte(lib):
+    from hypothesis.stateful import run_state_machine_as_test
+
+    class Machine(Engine):
+        pass
+
+    Machine.lib = lib
+    run_state_machine_as_test(
+        Machine,
+        settings=settings(
+            max_examples=EXAMPLES, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+        ),
+    )
+
+
+EXAMPLES = 60
