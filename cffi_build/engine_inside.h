@@ -17,6 +17,7 @@ struct span {
     uint64_t users;  /* pages away, and operations and traces that need faults to be reported */
     uint64_t wp_users; /* of these, those that need write protection */
     uint64_t modes;  /* UFFDIO_REGISTER_MODE_* in force; 0: not registered */
+    bool torn;       /* a block of it is not registered, since that failed */
 };
 
 struct trace {

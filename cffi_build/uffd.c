@@ -113,7 +113,7 @@ static int span_update(struct pv_engine *engine, uint64_t span)
     uint64_t modes = own->users ? UFFDIO_REGISTER_MODE_MISSING : 0;
     if (own->users && (own->wp_users || own->modes & UFFDIO_REGISTER_MODE_WP))
         modes |= UFFDIO_REGISTER_MODE_WP;
-    if (modes == own->modes)
+    if (modes == own->modes && !own->torn)
         return 0;
     if (modes) {
         int error = engine->threaded ? 0 : fault_thread_start(engine);
@@ -130,6 +130,7 @@ static int span_update(struct pv_engine *engine, uint64_t span)
         count_up(&engine->stats.disarms, 1);
     }
     own->modes = modes;
+    own->torn = false;
     return 0;
 }
 
@@ -224,7 +225,11 @@ int block_unwatch(struct pv_engine *engine, uint64_t page)
     uint64_t modes = engine->spans[span_of(page)].modes;
     if (!(modes & UFFDIO_REGISTER_MODE_WP) && !block_away(engine, page / PV_BLOCK_PAGES)) {
         error = ioctl(engine->uffd, UFFDIO_UNREGISTER, &range) < 0 ? -errno : 0;
-        error = error ? error : block_register(engine, page, modes);
+        if (!error) {
+            error = block_register(engine, page, modes);
+            /* Whoever comes next registers the whole span before it takes anything out. */
+            engine->spans[span_of(page)].torn = error;
+        }
     }
     pthread_mutex_unlock(&engine->span_mutex);
     return error;

@@ -87,10 +87,11 @@ class GuestMemory:
                 engine = Engine(self._mapping(), self.size, small)
                 engine.name_page = lambda page: f"gfn {self.gpa_of(page).gfn.value:#x}"
                 self.on_engine(engine)
-                for view, first, count in self._views:
-                    if view() is not None:
+                held = [(view(), first, count) for view, first, count in self._views]
+                for view, first, count in held:
+                    if view is not None:
                         engine.pin(first, count)
-                self._engine = engine
+                self._engine = engine  # before `held` goes: the end of a view that was pinned is to undo that
             return self._engine
 
     def pages(self) -> PageCounts:
