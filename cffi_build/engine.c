@@ -58,19 +58,30 @@ int pv_engine_open(uint8_t *ram, uint64_t size, uint64_t small_blocks, struct pv
     return 0;
 }
 
-void pv_engine_close(struct pv_engine *engine)
+/* Also after an attempt to equip that failed: another may follow. */
+static void unequip(struct pv_engine *engine)
 {
-    fault_thread_end(engine);
-    int fds[] = {engine->uffd, engine->aside_uffd, engine->wake, engine->pagemap};
-    for (size_t i = 0; i < sizeof(fds) / sizeof(fds[0]); i++)
-        if (fds[i] >= 0)
-            close(fds[i]); /* of a userfaultfd: unregisters all, and lets every waiting thread go */
+    int *fds[] = {&engine->uffd, &engine->aside_uffd, &engine->wake};
+    for (size_t i = 0; i < sizeof(fds) / sizeof(fds[0]); i++) {
+        if (*fds[i] >= 0)
+            close(*fds[i]); /* of a userfaultfd: unregisters all, and lets every waiting thread go */
+        *fds[i] = -1;
+    }
     if (engine->aside)
         munmap(engine->aside, engine->size);
     if (engine->staging)
         munmap(engine->staging, (size_t)SLOTS * PV_BLOCK);
     if (engine->zero)
         munmap(engine->zero, PV_PAGE);
+    engine->aside = engine->staging = engine->zero = NULL;
+}
+
+void pv_engine_close(struct pv_engine *engine)
+{
+    fault_thread_end(engine);
+    unequip(engine);
+    if (engine->pagemap >= 0)
+        close(engine->pagemap);
     if (engine->page_words)
         munmap(engine->page_words, engine->pages * sizeof(uint64_t));
     if (engine->block_words)
@@ -126,10 +137,12 @@ int pv_engine_equip(struct pv_engine *engine, int uffd, int aside_uffd, uint32_t
         if (!error && ioctl(aside_uffd, UFFDIO_REGISTER, &request) < 0)
             error = -errno;
     }
-    if (error)
-        close(uffd); /* the rest goes with the engine */
-    else
+    if (error) {
+        close(uffd);
+        unequip(engine);
+    } else {
         engine->uffd = uffd;
+    }
     return error;
 }
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from contextlib import suppress
 from itertools import pairwise
 
 from pyvmm._native import ffi, lib
@@ -97,8 +98,15 @@ class Engine:
             if lib.pv_engine_equipped(native):
                 return
             how = (self.has("uffd_move") and lib.PV_ENGINE_MOVE) | (self.poison and lib.PV_ENGINE_POISON)
-            fds = (open_uffd(for_guests=True), open_uffd(for_guests=True))
-            check(lib.pv_engine_equip(native, *fds, how), "UFFDIO_API", features="MOVE|PAGEFAULT_FLAG_WP|THREAD_ID")
+            ram = open_uffd(for_guests=True)
+            try:
+                aside = open_uffd(for_guests=True)
+            except HostError:
+                os.close(ram)
+                raise
+            check(
+                lib.pv_engine_equip(native, ram, aside, how), "UFFDIO_API", features="MOVE|PAGEFAULT_FLAG_WP|THREAD_ID"
+            )
             self._watcher = threading.Thread(target=self._watch, args=(native,), name="memory failures", daemon=True)
             self._watcher.start()
 
@@ -177,8 +185,8 @@ class Engine:
             self._leave()
 
     def unpin(self, page: int, count: int) -> None:
-        """Undoes one pin()."""
-        if self._native is not None:
+        """Undoes one pin(). After close() there is nothing to undo."""
+        with suppress(MemoryAccessError):
             native = self._enter()
             lib.pv_engine_unpin(native, page, count)
             self._leave()

@@ -27,7 +27,8 @@ class Home:
 
     The methods are called on the engine's thread or on the caller's of `Engine.install` and `store`, with the block
     locked: they must not touch guest memory. Whatever one raises is a failure: an OSError keeps its errno, all else is
-    EIO. A vCPU waits meanwhile, for the GIL too.
+    EIO. A vCPU waits meanwhile, for the GIL too. So what holds the GIL must not wait for the engine: while such a home
+    has pages, use GuestMemory.read() for memory that was never touched, not a view of it.
     """
 
     error: BaseException | None = None

@@ -433,6 +433,8 @@ static void post(struct pv_engine *engine, uint64_t page, uint64_t flags)
         abort();
     while (faults(engine) == before)
         sched_yield();
+    block_lock(engine, page / PV_BLOCK_PAGES); /* acquire: all that the thread did under it is seen */
+    block_unlock(engine, page / PV_BLOCK_PAGES);
 }
 
 /* Touches a page as a guest does: 0 once it may, -1 where the engine could not bring it. */

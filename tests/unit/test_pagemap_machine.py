@@ -51,6 +51,9 @@ BLOCK = 512
 PAGES = 2 * BLOCK + 5
 TORN, MISSING, NOWHERE = (1 << 64) - 1, (1 << 64) - 2, (1 << 64) - 3
 
+EXAMPLES = 60
+"""Of the state machine; some 20 s."""
+
 ffi = FFI()
 ffi.cdef(DECLARATIONS)
 
@@ -268,4 +271,63 @@ def test_no_failure_loses_a_byte(lib):
     )
 
 
-EXAMPLES = 60
+# What was found, step by step.
+
+
+@pytest.fixture
+def engine(lib):
+    made = []
+
+    def make(how=MOVE, small=0, scans=1):
+        lib.fake_scans(scans)
+        made.append(lib.fake_open(PAGES, small, how))
+        return made[-1]
+
+    yield make
+    for each in made:
+        lib.fake_close(each)
+
+
+def balance(lib, engine, users=0):
+    text = ffi.new("char[300]")
+    lib.fake_check(engine, users, 0, text, 300)
+    return ffi.string(text).decode()
+
+
+def fill(lib, engine, value=7):
+    for page in range(2 * BLOCK):
+        assert lib.guest_write(engine, page, value) == 0
+
+
+@pytest.mark.parametrize("how", [0, MOVE])
+@pytest.mark.parametrize("scan", range(5))
+def test_a_look_at_the_pagemap_that_fails_loses_nothing(lib, engine, how, scan):
+    own = engine(how)
+    fill(lib, own)
+    lib.fake_inject(CALLS.index("scan"), scan, 0, errno.ENOMEM, 1)
+    assert lib.pv_engine_remove(own, 0, BLOCK, 0) == BLOCK
+    assert balance(lib, own) == ""
+    assert {lib.guest_read(own, page) for page in range(BLOCK)} == {7}
+
+
+@pytest.mark.parametrize("call", ["move", "copy", "fetch"])
+@pytest.mark.parametrize("part", [0, 1, 100])
+@pytest.mark.parametrize("error", [errno.EAGAIN, errno.EBUSY, errno.ENOMEM])
+@pytest.mark.parametrize("home", [ASIDE, SWAP])
+@pytest.mark.parametrize("how", [0, MOVE, POISON, MOVE | POISON])
+@pytest.mark.parametrize("small", [0, 1])
+def test_an_installation_that_stops_halfway(lib, engine, call, part, error, home, how, small):
+    own = engine(how, small)
+    fill(lib, own)
+    assert lib.pv_engine_remove(own, 0, BLOCK, 0) == BLOCK
+    if home == SWAP:
+        assert lib.pv_engine_store(own, 0, BLOCK, SWAP) == BLOCK
+    lib.fake_inject(CALLS.index(call), 0, part, error, 1000)
+    result = lib.pv_engine_install(own, 0, BLOCK)
+    assert result in (0, -error)
+    assert balance(lib, own) == ""
+    lib.fake_clear()
+    assert {lib.guest_read(own, page) for page in range(BLOCK)} == {7}
+    assert lib.pv_engine_install(own, 0, PAGES) == 0
+    assert balance(lib, own) == ""
+    assert not lib.fake_armed()
