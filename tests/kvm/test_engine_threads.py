@@ -91,17 +91,17 @@ def test_blocks_copied_out_while_a_trace_by_gib_runs(vm, way):
     """The first write anywhere lifts the trace of all RAM: not that of the block which is just being copied."""
     machine = working(vm, "32M", "write=100", cpus=2, pages="auto")
     engine = machine.memory.engine
-    assert engine._call(lib.pv_trace_start, 30, 0) == 0
+    assert engine.call(lib.pv_trace_start, 30, 0) == 0
     bits = ffi.new("uint64_t[]", machine.memory.size // PAGE_SIZE // 64)
     end = time.monotonic() + seconds()
-    with Workers(lambda: check(engine._call(lib.pv_trace_collect, bits), "collect")) as workers:
+    with Workers(lambda: check(engine.call(lib.pv_trace_collect, bits), "collect")) as workers:
         for block in itertools.cycle(range(1, 16)):
             engine.split(block)
             engine.merge(block)
             engine.remove(block * BLOCK, BLOCK)
             if time.monotonic() > end or not workers.well() or machine.ended:
                 break
-    assert engine._call(lib.pv_trace_stop) == 0
+    assert engine.call(lib.pv_trace_stop) == 0
     passes(machine)
     judge(machine)
 
