@@ -127,26 +127,38 @@ static void set_on(struct trace *trace, bool on)
     pthread_mutex_unlock(&trace->mutex);
 }
 
+/* Under the mutex: somebody may be looking at the trace before. */
+static int begin(struct pv_engine *engine, uint32_t shift, uint32_t refine)
+{
+    struct trace *trace = &engine->trace;
+    pthread_mutex_lock(&trace->mutex);
+    int error = trace->on ? -EBUSY : 0;
+    if (!error) {
+        free(trace->marks);
+        free(trace->streaks);
+        free(trace->hits);
+        trace->marks = calloc(mark_words(engine), sizeof(uint64_t));
+        trace->streaks = calloc(engine->blocks, 1);
+        trace->hits = calloc(engine->blocks, 1);
+        error = trace->marks && trace->streaks && trace->hits ? 0 : -ENOMEM;
+        trace->shift = shift;
+        trace->refine = refine;
+        memset(&trace->stats, 0, sizeof(trace->stats));
+        trace->fine_faults = 0;
+        trace->round_began = pv_now();
+    }
+    pthread_mutex_unlock(&trace->mutex);
+    return error;
+}
+
 int pv_trace_start(struct pv_engine *engine, uint32_t shift, uint32_t refine)
 {
     struct trace *trace = &engine->trace;
     if (shift < 12 || shift > 30 || refine >= TO_MERGE)
         return -EINVAL;
-    if (trace->on)
-        return -EBUSY;
-    free(trace->marks);
-    free(trace->streaks);
-    free(trace->hits);
-    trace->marks = calloc(mark_words(engine), sizeof(uint64_t));
-    trace->streaks = calloc(engine->blocks, 1);
-    trace->hits = calloc(engine->blocks, 1);
-    if (!trace->marks || !trace->streaks || !trace->hits)
-        return -ENOMEM;
-    trace->shift = shift;
-    trace->refine = refine;
-    memset(&trace->stats, 0, sizeof(trace->stats));
-    trace->fine_faults = 0;
-    trace->round_began = pv_now();
+    int fresh = begin(engine, shift, refine);
+    if (fresh)
+        return fresh;
     int error = span_hold_all(engine, true);
     if (error)
         return error;

@@ -175,6 +175,11 @@ class Engine:
         finally:
             self._leave()
 
+    @property
+    def has_python_homes(self) -> bool:
+        """Does answering a fault need the GIL?"""
+        return bool(self._homes)
+
     def pin(self, page: int, count: int) -> None:
         """Brings pages back, and keeps their blocks from being removed until unpin(). Raises FetchError."""
         self._check_range(page, count)

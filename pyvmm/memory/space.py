@@ -197,6 +197,9 @@ class GuestMemory:
             view = self._views[number] = _View(ref(buffer, gone), first, pages)
             if self._engine is not None:
                 view.pin(self._engine)
+                if self._engine.has_python_homes:  # who touches a view has the GIL: it must never wait for the engine
+                    start = self._mapping() + first * PAGE_SIZE
+                    check(lib.pv_madvise(start, pages * PAGE_SIZE, lib.MADV_POPULATE_WRITE), "madvise", pages=pages)
 
     def _wrote(self, first: int, pages: int) -> None:
         # Looked up after the write: a trace that was started meanwhile must hear of it.
