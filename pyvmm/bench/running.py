@@ -1,0 +1,90 @@
+# running.py: a guest that runs on while something is done to its memory: its work and its stalls. Units: seconds.
+"""What benchmarks and `pyvmm dirty` ask of a guest that keeps a progress page."""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from pyvmm.errors import BadInput
+from pyvmm.machine import VM
+from pyvmm.machine.outcome import gap_gpa
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+_WARM_UP_SECONDS = 3.0
+"""At most so long until the guest's memory is populated: the first touch of memory is no steady state."""
+_WARM_UP_PASSES = 2
+_SETTLE_SECONDS = 1.0
+
+
+class Watch:
+    """The guest's work over a stretch of time."""
+
+    def __init__(self, vm: VM) -> None:
+        self._vm = vm
+        self._count, self._begin = vm.progress().count, time.perf_counter()
+
+    def rate(self) -> float:
+        """Work a second since this was made."""
+        return (self._vm.progress().count - self._count) / (time.perf_counter() - self._begin)
+
+
+def run_on(vm: VM, seconds: float, guest: str = "touch") -> None:
+    """Lets the guest, of that name, run. Raises BadInput where it ends."""
+    if vm.wait(seconds).reason != "timeout":
+        raise BadInput(f"the guest {guest} ended before it was traced: give one that runs on, such as touch")
+
+
+def warm_up(vm: VM, guest: str = "touch") -> None:
+    """Lets the guest go over its memory twice, if it does that within a few seconds."""
+    end = time.monotonic() + _WARM_UP_SECONDS
+    while vm.progress().passes < _WARM_UP_PASSES and time.monotonic() < end:
+        run_on(vm, 0.01, guest)
+
+
+def reset_gaps(vm: VM) -> None:
+    """The longest gap of each vCPU begins anew."""
+    for cpu in range(len(vm.vcpus)):
+        if vm.progress().tsc_khz:  # a page of another guest is not ours to write to
+            vm.memory.write(gap_gpa(cpu), bytes(8))
+
+
+def longest_gap(vm: VM) -> float | None:
+    """Seconds since reset_gaps(), with the gap that goes on; None where the guest keeps none."""
+    # A vCPU that stands now has to do work again before its gap is known.
+    before = [work.count for work in vm.progress().work]
+    end = time.monotonic() + _SETTLE_SECONDS
+    while time.monotonic() < end and vm.wait(0.001).reason == "timeout":
+        if all(now.count > then for now, then in zip(vm.progress().work, before, strict=True)):
+            break
+    return vm.progress().longest_gap
+
+
+@contextmanager
+def touching(memory: int, append: str, **options: object) -> Iterator[VM]:
+    """A VM of so many bytes that runs the guest touch, its memory populated."""
+    with VM(memory, **options) as vm:  # type: ignore[arg-type]
+        vm.load("touch", append)
+        vm.start()
+        warm_up(vm)
+        yield vm
+
+
+@contextmanager
+def alone(vm: VM) -> Iterator[VM]:
+    """Lets a paused VM run within the `with`, so that several take turns."""
+    vm.resume()
+    try:
+        yield vm
+    finally:
+        vm.pause()
+
+
+def timed(work: Callable[[], object]) -> float:
+    """How long it takes."""
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
