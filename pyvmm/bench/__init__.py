@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 ROUNDS = 9
 """Rounds of A B C A B C ...: medians and extremes are over these."""
 
+MANY = 20
+"""So many values are single operations, not rounds: a 90th percentile says something, a ratio one by one nothing."""
+
 
 @dataclass(frozen=True)
 class Result:
@@ -37,8 +40,8 @@ class Result:
         return sorted(self.values)[min(int(share * len(self.values)), len(self.values) - 1)] if self.values else nan
 
     def ratios(self, base: Result) -> tuple[float, ...]:
-        """Round by round, over `base` of the same rounds; a single ratio of medians where they are not."""
-        if len(self.values) == len(base.values):
+        """Round by round, over `base` of the same rounds; of the medians, where there are many values or unequal."""
+        if len(self.values) == len(base.values) < MANY:
             return tuple(own / other for own, other in zip(self.values, base.values, strict=True) if other)
         return (self.median / base.median,) if base.median else ()
 

@@ -12,6 +12,7 @@ from pyvmm.errors import check
 from pyvmm.host.uffd import Uffd
 from pyvmm.layout import BLOCK_SIZE, PAGE_SIZE, Gpa
 from pyvmm.memory import GuestMemory
+from pyvmm.memory.engine import BLOCK_PAGES
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -83,7 +84,7 @@ def touch(address: int, pages: int) -> float:
 
 
 class Touched:
-    """Small pages of ours, without a VM, in one 2 MiB block. A context manager.
+    """Small pages of ours, without a VM, fewer than a 2 MiB block has. A context manager.
 
     bare: under the bare loop, else under an engine; move: by UFFDIO_MOVE.
     """
@@ -103,10 +104,11 @@ class Touched:
             answering = self._loop.answer(pages)
             return touch(self._address, pages), answering.seconds()
         engine = self._memory.engine
-        engine.remove(0, pages)
+        engine.remove(0, BLOCK_PAGES)  # what is not touched keeps userfaultfd armed
         before = engine.stats()
         waited = touch(self._address, pages)
         after = engine.stats()
+        engine.install(0, BLOCK_PAGES)
         return waited, (after.nanoseconds - before.nanoseconds) / 1e9 / max(after.faults - before.faults, 1)
 
     def __enter__(self) -> Self:

@@ -52,14 +52,18 @@ def reset_gaps(vm: VM) -> None:
             vm.memory.write(gap_gpa(cpu), bytes(8))
 
 
-def longest_gap(vm: VM) -> float | None:
-    """Seconds since reset_gaps(), with the gap that goes on; None where the guest keeps none."""
-    # A vCPU that stands now has to do work again before its gap is known.
+def settle(vm: VM) -> None:
+    """Waits until each vCPU has done work again: only then the gap of one that stood is known."""
     before = [work.count for work in vm.progress().work]
     end = time.monotonic() + _SETTLE_SECONDS
     while time.monotonic() < end and vm.wait(0.001).reason == "timeout":
         if all(now.count > then for now, then in zip(vm.progress().work, before, strict=True)):
             break
+
+
+def longest_gap(vm: VM) -> float | None:
+    """Seconds since reset_gaps(), with the gap that goes on; None where the guest keeps none."""
+    settle(vm)
     return vm.progress().longest_gap
 
 
@@ -77,6 +81,7 @@ def touching(memory: int, append: str, **options: object) -> Iterator[VM]:
 def alone(vm: VM) -> Iterator[VM]:
     """Lets a paused VM run within the `with`, so that several take turns."""
     vm.resume()
+    settle(vm)  # the gap of the pause is over
     try:
         yield vm
     finally:

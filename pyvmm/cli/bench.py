@@ -11,7 +11,7 @@ from statistics import median
 from rich.table import Table
 from rich.text import Text
 
-from pyvmm.bench import Result, grouped, scaled
+from pyvmm.bench import MANY, Result, grouped, scaled
 from pyvmm.cli.output import Output
 from pyvmm.cli.parse import Arguments
 from pyvmm.errors import BadInput
@@ -26,8 +26,6 @@ BENCHMARKS = {
 }
 # Those that have measure(quick=True): little memory and few rounds.
 QUICK = ("traces", "faults", "idle")
-_MANY = 20
-"""From so many values on, a 90th percentile says something."""
 
 
 def run(args: Arguments) -> int:
@@ -65,7 +63,7 @@ def _as_json(result: Result) -> dict[str, object]:
 
 
 def _table(group: str, results: list[Result]) -> Table:
-    many = any(len(result.values) >= _MANY for result in results)
+    many = any(len(result.values) >= MANY for result in results)
     heads = ["median", "min", "p90" if many else "max", *(["max"] if many else []), f"/ {results[0].name}"]
     table = Table("", *heads, title=group or None, title_justify="left", title_style="italic")
     for column in table.columns[1:]:
