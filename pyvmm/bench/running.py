@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -25,11 +26,36 @@ class Watch:
 
     def __init__(self, vm: VM) -> None:
         self._vm = vm
-        self._count, self._begin = vm.progress().count, time.perf_counter()
+        self._count, self._begin, self._spent = vm.progress().count, time.perf_counter(), _thread_seconds(vm)
 
     def rate(self) -> float:
         """Work a second since this was made."""
         return (self._vm.progress().count - self._count) / (time.perf_counter() - self._begin)
+
+    def rate_of_threads(self) -> float:
+        """Work a second in which a vCPU's thread had a CPU: other programs show less in it. Waiting does not show."""
+        return (self._vm.progress().count - self._count) / max(_thread_seconds(self._vm) - self._spent, 1e-9)
+
+
+def _schedstat(task: str) -> tuple[float, float]:
+    """Seconds that a thread had a CPU, and was ready but had none (Documentation/scheduler/sched-stats.rst)."""
+    with open(f"/proc/{task}/schedstat") as stat:
+        running, waiting, _ = stat.read().split()
+    return int(running) / 1e9, int(waiting) / 1e9
+
+
+def _vcpus(vm: VM) -> list[tuple[float, float]]:
+    return [_schedstat(f"self/task/{vcpu.native.tid}") for vcpu in vm.vcpus]
+
+
+def _thread_seconds(vm: VM) -> float:
+    return sum(running for running, _ in _vcpus(vm))
+
+
+def seconds_without_cpu(vm: VM) -> float:
+    """Time in which a vCPU or the calling thread was ready to run and had no CPU, since they began: grows by what other
+    programs do to a measurement."""
+    return sum(waiting for _, waiting in _vcpus(vm)) + _schedstat("thread-self")[1]
 
 
 def run_on(vm: VM, seconds: float, guest: str = "touch") -> None:
@@ -75,6 +101,22 @@ def touching(memory: int, append: str, **options: object) -> Iterator[VM]:
         vm.start()
         warm_up(vm)
         yield vm
+
+
+@contextmanager
+def apart(vm: VM) -> Iterator[None]:
+    """Keeps vCPU 0 on one CPU and the calling thread on the others, so that neither takes the other's."""
+    cpus, vcpu = os.sched_getaffinity(0), vm.vcpus[0].native.tid
+    if len(cpus) == 1:
+        yield
+        return
+    os.sched_setaffinity(vcpu, {max(cpus)})
+    os.sched_setaffinity(0, cpus - {max(cpus)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cpus)
+        os.sched_setaffinity(vcpu, cpus)
 
 
 @contextmanager
