@@ -101,10 +101,11 @@ def _large_round(found: Collected, vm: VM, name: str, size: Size) -> None:
         before = vm.mappings()["pages_2m"]
         touched = [_touched(vm, block) for block in blocks]
         run_on(vm, _PASS)  # the guest touches all
-        found.add("KVM's 2 MiB mappings afterwards / before", name, "%", 100 * vm.mappings()["pages_2m"] / before)
+        kept = vm.mappings()["pages_2m"] / max(before, 1)
     installed = [_installed(vm.memory.engine, block) for block in blocks]
     zeros = [_zeros_installed(vm, block) for block in blocks]
     both = [removed + stall for removed, stall in touched]
+    found.add("KVM's 2 MiB mappings afterwards / before", name, "%", 100 * kept)
     found.add("large block: removed, touched by the guest", name, "s", *both)
     found.add("... of that: remove()", name, "s", *(removed for removed, _ in touched))
     found.add("large block: remove() and install(), nobody waits", name, "s", *installed)
