@@ -126,5 +126,6 @@ def test_a_pause_is_no_gap_and_affinity_is_given_back():
 def test_all_pages_that_are_touched_were_away(bare, move):
     with Touched(bare, move) as touched:
         for _ in range(2):
-            waited, answered = touched.measure(20)
-            assert 0 < answered < waited
+            waited, answered = touched.measure(20)  # of the bare loop: returns when so many faults were answered
+            assert waited > 0
+            assert answered > 0  # it may be longer: who waited goes on before the answer is through
