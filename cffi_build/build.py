@@ -15,7 +15,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 SOURCES = (
-    "run.c", "map.c", "sys.c", "bits.c", "ring.c",
+    "run.c", "map.c", "sys.c", "bits.c", "ring.c", "bare.c",
     "engine.c", "pagemap.c", "uffd.c", "fault.c", "install.c", "remove.c", "blocks.c", "coarse.c",
 )  # fmt: skip
 FLAGS = ("-std=gnu11", "-O2", "-g", "-fvisibility=hidden")

@@ -176,6 +176,16 @@ void pv_ring_unmap(struct kvm_dirty_gfn *gfns, uint32_t entries);
 int pv_rings_harvest(struct pv_rings *rings) PV_CHECKED;
 /* The same, after every vCPU has left the guest once, and moves the bits into `bits`. Any thread but a vCPU's. */
 int pv_rings_collect(struct pv_rings *rings, uint64_t *bits, int64_t timeout_ns) PV_CHECKED;
+
+/* ---- bare.c: what benchmarks compare with ---- */
+
+/* Answers `faults` page faults of small pages, in the barest loop there is: from `from`, by UFFDIO_MOVE of the page at
+ * the same offset there (move), or by UFFDIO_COPY of its first page. base: of the registered range. 0 or -errno;
+ * -ETIMEDOUT where none comes for a second. *nanoseconds: spent from a message read to its answer, all together. */
+int pv_uffd_bare(int fd, uint8_t *base, uint8_t *from, int move, uint64_t faults, uint64_t *nanoseconds) PV_CHECKED;
+/* Reads one byte each `stride` bytes, `count` times: nanoseconds that took. */
+uint64_t pv_touch(const volatile uint8_t *at, uint64_t count, uint64_t stride);
+
 /* ---- engine.h: pages with homes ---- */
 
 #include "engine.h"

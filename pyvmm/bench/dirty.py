@@ -7,19 +7,14 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
-from pyvmm.errors import BadInput
+from pyvmm.bench.running import Watch, longest_gap, reset_gaps, run_on, warm_up
 from pyvmm.machine import VM
 from pyvmm.machine.exits import EXIT_NAMES
-from pyvmm.machine.outcome import gap_gpa
 from pyvmm.memory.trace import Runs, Tracker
 
 if TYPE_CHECKING:
     from pyvmm.memory.trace import Trace
 
-_WARM_UP_SECONDS = 3.0
-"""At most so long until the guest's memory is populated: the first touch of memory is no steady state."""
-_WARM_UP_PASSES = 2
-_SETTLE_SECONDS = 1.0
 _RING_FULL = "dirty_ring_full"
 
 
@@ -99,18 +94,6 @@ class Measured:
         return asdict(self) | totals | {"collect_seconds": self.collect_seconds}
 
 
-class _Watch:
-    """The guest's work over a stretch of time."""
-
-    def __init__(self, vm: VM) -> None:
-        self._vm = vm
-        self._count, self._begin = vm.progress().count, time.perf_counter()
-
-    def rate(self) -> float:
-        """Work a second since this was made."""
-        return (self._vm.progress().count - self._count) / (time.perf_counter() - self._begin)
-
-
 def measure(row: Tracker, plan: Plan) -> Measured:
     """Runs the guest in a VM of its own and traces it with one tracker.
 
@@ -121,11 +104,11 @@ def measure(row: Tracker, plan: Plan) -> Measured:
         vm.load(plan.guest, plan.append)
         trace = vm.trace(row.name)
         vm.start()
-        _warm_up(vm, plan)
+        warm_up(vm, plan.guest)
         found = Measured(row.name, mappings_before=vm.mappings())
-        _reset_gaps(vm)
-        watch = _Watch(vm)
-        _run_on(vm, plan, plan.seconds / 2)
+        reset_gaps(vm)
+        watch = Watch(vm)
+        run_on(vm, plan.seconds / 2, plan.guest)
         found.work_per_second_before = watch.rate()
         found.longest_gap_untraced_seconds = vm.progress().longest_gap
         _install(vm, trace, plan, found)
@@ -136,7 +119,7 @@ def measure(row: Tracker, plan: Plan) -> Measured:
         found.install_seconds, found.remove_seconds = trace.stats.start_seconds, trace.stats.stop_seconds
         found.ring_full_exits = _exits(vm, _RING_FULL)
         if not ended:
-            watch = _Watch(vm)
+            watch = Watch(vm)
             if vm.wait(plan.seconds / 2).reason == "timeout":
                 found.work_per_second_after = watch.rate()
                 found.mappings_after = vm.mappings()
@@ -148,43 +131,20 @@ def _exits(vm: VM, name: str) -> int:
     return sum(count for exits in counts for reason, count in exits.items() if EXIT_NAMES.get(reason) == name)
 
 
-def _run_on(vm: VM, plan: Plan, seconds: float) -> None:
-    if vm.wait(seconds).reason != "timeout":
-        raise BadInput(f"the guest {plan.guest} ended before it was traced: give one that runs on, such as touch")
-
-
-def _warm_up(vm: VM, plan: Plan) -> None:
-    end = time.monotonic() + _WARM_UP_SECONDS
-    while vm.progress().passes < _WARM_UP_PASSES and time.monotonic() < end:
-        _run_on(vm, plan, 0.01)
-
-
-def _reset_gaps(vm: VM) -> None:
-    for cpu in range(len(vm.vcpus)):
-        if vm.progress().tsc_khz:  # a page of another guest is not ours to write to
-            vm.memory.write(gap_gpa(cpu), bytes(8))
-
-
 def _install(vm: VM, trace: Trace, plan: Plan, found: Measured) -> None:
-    _reset_gaps(vm)
+    reset_gaps(vm)
     if plan.paused:
         vm.pause()
     trace.start()
     if plan.paused:
         vm.resume()
-    # A vCPU that stood when start() returned has to do work again before its gap is known.
-    before = [work.count for work in vm.progress().work]
-    end = time.monotonic() + _SETTLE_SECONDS
-    while time.monotonic() < end and vm.wait(0.001).reason == "timeout":
-        if all(now.count > then for now, then in zip(vm.progress().work, before, strict=True)):
-            break
-    found.longest_stall_seconds = vm.progress().longest_gap
+    found.longest_stall_seconds = longest_gap(vm)
 
 
 def _look(vm: VM, trace: Trace, plan: Plan, found: Measured) -> bool:
     """Collects at each interval; True where the guest ended meanwhile."""
     trace.collect()  # what was written since the installation, in no interval
-    watch, ever = _Watch(vm), Runs()
+    watch, ever = Watch(vm), Runs()
     begin = last = time.perf_counter()
     ended = False
     while not ended and last - begin < plan.seconds:

@@ -1,4 +1,4 @@
-# bench.py: `pyvmm bench NAME`: runs a benchmark and prints its table, or with --json its data.
+# bench.py: `pyvmm bench NAME`: runs a benchmark and prints its tables, or with --json its data. 80 columns.
 """The benchmarks by name."""
 
 from __future__ import annotations
@@ -6,10 +6,12 @@ from __future__ import annotations
 import json
 import sys
 from importlib import import_module
+from statistics import median
 
 from rich.table import Table
+from rich.text import Text
 
-from pyvmm.bench import Result
+from pyvmm.bench import MANY, Result, grouped, scaled
 from pyvmm.cli.output import Output
 from pyvmm.cli.parse import Arguments
 from pyvmm.errors import BadInput
@@ -18,7 +20,12 @@ from pyvmm.errors import BadInput
 BENCHMARKS = {
     "start": "time to a guest's first byte: process, in-process, beside QEMU",
     "exits": "port writes a second: bare KVM_RUN loop, answered in C, by a Python device",
+    "traces": "write traces: the guest's speed, stalls at the installation, bytes reported",
+    "faults": "pages taken out of a guest and brought back, beside a bare userfaultfd loop",
+    "idle": "the memory engine while it does nothing; blocks split, merged and broken",
 }
+# Those that have measure(quick=True): little memory and few rounds.
+QUICK = ("traces", "faults", "idle")
 
 
 def run(args: Arguments) -> int:
@@ -30,15 +37,54 @@ def run(args: Arguments) -> int:
         return 0
     if name not in BENCHMARKS:
         raise BadInput(f"no benchmark {name!r}: choose one of {', '.join(BENCHMARKS)}")
-    results: list[Result] = import_module(f"pyvmm.bench.{name}").measure()
+    if args.quick and name not in QUICK:
+        raise BadInput(f"benchmark {name} is quick anyway: --quick is for {', '.join(QUICK)}")
+    measure = import_module(f"pyvmm.bench.{name}").measure
+    results: list[Result] = measure(quick=True) if args.quick else measure()
     if args.json:
-        rows = [{"name": r.name, "unit": r.unit, "median": r.median, "values": list(r.values)} for r in results]
-        json.dump({"benchmark": name, "results": rows}, sys.stdout)
+        json.dump({"benchmark": name, "results": [_as_json(result) for result in results]}, sys.stdout)
         print()
         return 0
-    table = Table("", "median", "min", "max", f"/ {results[0].name}", title=BENCHMARKS[name], title_justify="left")
-    for r in results:
-        figures = (f"{value:,.1f} {r.unit}" for value in (r.median, min(r.values), max(r.values)))
-        table.add_row(r.name, *figures, f"{r.median / results[0].median:.2f}")
-    Output().print(table)
+    output = Output()
+    output.print(Text(BENCHMARKS[name], "bold"))
+    for group, rows in grouped(results).items():
+        output.print(_table(group, rows))
     return 0
+
+
+def _as_json(result: Result) -> dict[str, object]:
+    named = {"group": result.group} if result.group else {}
+    return named | {
+        "name": result.name,
+        "unit": result.unit,
+        "median": result.median,
+        "values": list(result.values),
+    }
+
+
+def _table(group: str, results: list[Result]) -> Table:
+    many = any(len(result.values) >= MANY for result in results)
+    heads = ["median", "min", "p90" if many else "max", *(["max"] if many else []), f"/ {results[0].name}"]
+    table = Table("", *heads, title=group or None, title_justify="left", title_style="italic")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for result in results:
+        shown = scaled(result)
+        quantiles = [shown.median, shown.quantile(0), *([shown.quantile(0.9)] if many else []), shown.quantile(1)]
+        figures = [f"{quantiles[0]:,.{_digits(quantiles[0])}f} {shown.unit}"]
+        figures += [f"{value:,.{_digits(quantiles[0])}f}" for value in quantiles[1:]]
+        table.add_row(result.name, *figures, _ratio(result, results[0]))
+    return table
+
+
+def _digits(value: float) -> int:
+    return 3 if abs(value) < 1 else 2 if abs(value) < 10 else 1
+
+
+def _ratio(result: Result, base: Result) -> str:
+    """Over the first of the group, the median of the rounds and their range; nothing where that is another unit."""
+    ratios = sorted(result.ratios(base))
+    if result.unit != base.unit or not ratios:
+        return ""
+    middle = f"{median(ratios):.2f}"
+    return middle if len(ratios) == 1 or result is base else f"{middle} ({ratios[0]:.2f}-{ratios[-1]:.2f})"

@@ -125,6 +125,7 @@ COMMANDS = (
         "measure what pyvmm costs",
         "bench",
         Option("name", "which one; without it they are listed", metavar="NAME", optional=True),
+        Option("--quick", "small and short: to see what it measures, not how much that is", bool),
         Option("--json", "data instead of a table", bool),
     ),
     Command(
