@@ -10,6 +10,7 @@
 #include "engine_inside.h"
 
 #include <errno.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -19,7 +20,7 @@
 #define DENSE_FAULTS 32  /* in one round, in a refined block: the 512 pages would be sent in the time of these faults */
 #define FINE_FAULTS 16   /* of all refined blocks together in a round, and 2 a ms: at 50 us each, a tenth of the */
 #define FINE_NS 500000ull /* guest's time */
-#define STRIDE ((uint64_t)16 << 20) /* bytes protected in one call at the start: what a fault may have to wait for */
+#define STRIDE ((uint64_t)2 << 20) /* bytes protected in one call at the start: what a fault may have to wait for */
 
 static uint64_t mark_words(const struct pv_engine *engine) { return (engine->pages + 63) / 64; }
 
@@ -62,7 +63,23 @@ static uint64_t unit_of(const struct pv_engine *engine, uint64_t page, uint64_t 
     return first;
 }
 
-void trace_enter(struct pv_engine *engine) { pthread_mutex_lock(&engine->trace.mutex); }
+/* A vCPU may wait for what the caller is about to do. */
+static void lock_urgently(struct trace *trace)
+{
+    __atomic_fetch_add(&trace->urgent, 1, __ATOMIC_SEQ_CST);
+    pthread_mutex_lock(&trace->mutex);
+    __atomic_fetch_sub(&trace->urgent, 1, __ATOMIC_SEQ_CST);
+}
+
+/* For loops over all memory: a mutex that is taken again at once would never be had by anybody else. */
+static void lock_politely(struct trace *trace)
+{
+    while (__atomic_load_n(&trace->urgent, __ATOMIC_SEQ_CST))
+        sched_yield();
+    pthread_mutex_lock(&trace->mutex);
+}
+
+void trace_enter(struct pv_engine *engine) { lock_urgently(&engine->trace); }
 
 void trace_leave(struct pv_engine *engine, uint64_t page, uint32_t count)
 {
@@ -93,7 +110,7 @@ int trace_fault(struct pv_engine *engine, uint64_t page)
     /* Without a trace it is a straggler: its block, which is locked, is free of protection, but for part of a large page
      * the kernel would split that. */
     uint64_t first = page / PV_BLOCK_PAGES * PV_BLOCK_PAGES, count = pages_of_block(engine, page / PV_BLOCK_PAGES);
-    pthread_mutex_lock(&trace->mutex);
+    lock_urgently(trace);
     if (trace->on) {
         note_fault(trace, page / PV_BLOCK_PAGES);
         first = unit_of(engine, page, &count);
@@ -110,7 +127,7 @@ static int protect_all(struct pv_engine *engine, bool on)
 {
     for (uint64_t at = 0; at < engine->size; at += STRIDE) {
         uint64_t size = engine->size - at < STRIDE ? engine->size - at : STRIDE;
-        pthread_mutex_lock(&engine->trace.mutex);
+        lock_politely(&engine->trace);
         int error = uffd_protect(engine, engine->ram + at, size, on);
         pthread_mutex_unlock(&engine->trace.mutex);
         if (error)
@@ -187,7 +204,7 @@ static void note_round(struct trace *trace, uint64_t block, bool written)
 static int take(struct pv_engine *engine, uint64_t first, uint64_t count, uint64_t *bits)
 {
     struct trace *trace = &engine->trace;
-    pthread_mutex_lock(&trace->mutex);
+    lock_politely(trace);
     int error = uffd_protect(engine, ram_at(engine, first), count * PV_PAGE, true);
     if (!error) {
         trace->stats.protected += count * PV_PAGE;

@@ -21,6 +21,7 @@ struct span {
 
 struct trace {
     pthread_mutex_t mutex; /* held while a page's mark and its protection change */
+    uint32_t urgent;       /* threads that want the mutex and for which a vCPU may wait */
     bool on;
     uint32_t shift, refine;
     uint64_t *marks;  /* written since the last collection: one bit a page */

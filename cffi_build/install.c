@@ -61,15 +61,14 @@ static int fetch(struct pv_engine *engine, uint64_t page, uint32_t count, uint8_
 }
 
 /* The pages are in the guest: their homes need not keep them. */
-static void forget(struct pv_engine *engine, uint64_t page, uint32_t count)
+static void forget(struct pv_engine *engine, uint64_t page, uint32_t count, bool moved)
 {
     struct pv_home *home = &engine->homes[page_home(engine, page)];
     if (page_home(engine, page) == PV_HOME_ASIDE) {
-        if (!engine->move || !(block_word(engine, page / PV_BLOCK_PAGES) & PV_BLOCK_ASIDE_LARGE)) {
-            if (engine->poison && !engine->move)
-                memset(aside_at(engine, page), 0xa5, (size_t)count * PV_PAGE);
+        if (engine->poison && !engine->move)
+            memset(aside_at(engine, page), 0xa5, (size_t)count * PV_PAGE);
+        if (!moved)
             (void)madvise(aside_at(engine, page), (size_t)count * PV_PAGE, MADV_DONTNEED);
-        }
     } else if (home->forget) {
         home->forget(home->self, page, count, &engine->page_words[page]);
     }
@@ -84,13 +83,14 @@ static uint32_t alike(const struct pv_engine *engine, uint64_t page, uint32_t li
     return count;
 }
 
-static void now_present(struct pv_engine *engine, uint64_t page, uint32_t count)
+/* moved: those that were aside are not there any more. */
+static void now_present(struct pv_engine *engine, uint64_t page, uint32_t count, bool moved)
 {
     uint32_t away = 0;
     for (uint32_t i = 0; i < count;) {
         uint32_t run = alike(engine, page + i, count - i);
         if (page_home(engine, page + i) != PV_HOME_PRESENT) {
-            forget(engine, page + i, run);
+            forget(engine, page + i, run, moved);
             away += run;
         }
         for (uint32_t last = i + run; i < last; i++)
@@ -129,15 +129,19 @@ static int install_large(struct pv_engine *engine, uint64_t page, uint8_t *from)
     (void)madvise(to, PV_BLOCK, MADV_DONTNEED);
     trace_enter(engine);
     int error = engine->move ? uffd_move(engine, engine->uffd, to, from, PV_BLOCK)
-                             : uffd_copy(engine, to, from, PV_BLOCK, 0);
+                             : uffd_copy(engine, to, from, PV_BLOCK, UFFDIO_COPY_MODE_DONTWAKE);
     trace_leave(engine, page, PV_BLOCK_PAGES);
+    bool large = !error && engine->move && is_large(engine, page);
+    bool collapsed = !error && !large && collapse_small(to) == 0;
+    if (!engine->move) /* only now, since a guest that uses the pages keeps them from being put together */
+        uffd_wake(engine, to, PV_BLOCK);
     if (error)
         return error;
-    if (engine->move && is_large(engine, page)) {
+    if (large) {
         count_up(&engine->stats.kept_large, 1);
         return PV_ANSWER_BLOCK;
     }
-    if (collapse_small(to) == 0) {
+    if (collapsed) {
         count_up(&engine->stats.collapsed, 1);
         return PV_ANSWER_COLLAPSED;
     }
@@ -179,13 +183,14 @@ static void settle(struct pv_engine *engine, uint64_t page, uint32_t count)
         return;
     for (uint32_t i = 0; i < count; i++)
         if (is_populated(&seen, i) && page_home(engine, page + i) != PV_HOME_PRESENT)
-            now_present(engine, page + i, 1);
+            now_present(engine, page + i, 1, false);
 }
 
 static int bring_block(struct pv_engine *engine, uint64_t page)
 {
     int answer;
-    if (block_word(engine, page / PV_BLOCK_PAGES) & PV_BLOCK_ASIDE_LARGE) {
+    bool whole = block_word(engine, page / PV_BLOCK_PAGES) & PV_BLOCK_ASIDE_LARGE;
+    if (whole) {
         answer = install_large(engine, page, aside_at(engine, page));
     } else {
         int slot = slot_take(engine);
@@ -195,7 +200,7 @@ static int bring_block(struct pv_engine *engine, uint64_t page)
         slot_give(engine, slot);
     }
     if (answer >= 0)
-        now_present(engine, page, PV_BLOCK_PAGES);
+        now_present(engine, page, PV_BLOCK_PAGES, whole && engine->move);
     else
         settle(engine, page, PV_BLOCK_PAGES);
     return answer;
@@ -205,21 +210,27 @@ static int bring_block(struct pv_engine *engine, uint64_t page)
 
 #define BATCH 16 /* pages fetched together: 64 KiB on the stack */
 
+static bool moves(const struct pv_engine *engine, uint64_t page)
+{
+    return engine->move && page_home(engine, page) == PV_HOME_ASIDE;
+}
+
 static int bring_run(struct pv_engine *engine, uint64_t page, uint32_t count)
 {
-    uint32_t home = page_home(engine, page);
-    bool small = block_word(engine, page / PV_BLOCK_PAGES) & PV_BLOCK_SMALL;
+    bool small = block_word(engine, page / PV_BLOCK_PAGES) & PV_BLOCK_SMALL, move = moves(engine, page);
+    bool zeros = small && reads_zero(page_home(engine, page));
     uint8_t buffer[BATCH * PV_PAGE], *to = ram_at(engine, page);
-    int error = 0;
-    if (home == PV_HOME_ASIDE && engine->move) {
-        error = uffd_move(engine, engine->uffd, to, aside_at(engine, page), (uint64_t)count * PV_PAGE);
-    } else if (reads_zero(home) && small) {
-        error = uffd_zero(engine, to, (uint64_t)count * PV_PAGE);
-    } else {
-        /* Zeros are stored in blocks that are to be large: a shared zero page in it would keep them apart (T1). */
-        error = fetch(engine, page, count, buffer);
-        error = error ? error : uffd_copy(engine, to, buffer, (uint64_t)count * PV_PAGE, 0);
-    }
+    uint64_t size = (uint64_t)count * PV_PAGE;
+    /* Zeros are stored in blocks that are to be large: a shared zero page in it would keep them apart (T1). */
+    int error = move || zeros ? 0 : fetch(engine, page, count, buffer);
+    if (error)
+        return error;
+    trace_enter(engine); /* not before: to fetch may take long */
+    if (move)
+        error = uffd_move(engine, engine->uffd, to, aside_at(engine, page), size);
+    else
+        error = zeros ? uffd_zero(engine, to, size) : uffd_copy(engine, to, buffer, size, 0);
+    trace_leave(engine, page, count);
     return error;
 }
 
@@ -228,14 +239,13 @@ int bring_small(struct pv_engine *engine, uint64_t page, uint32_t count)
     for (uint32_t i = 0; i < count;) {
         uint32_t limit = count - i < BATCH ? count - i : BATCH, run = alike(engine, page + i, limit);
         if (page_home(engine, page + i) != PV_HOME_PRESENT) {
-            trace_enter(engine);
+            bool moved = moves(engine, page + i);
             int error = bring_run(engine, page + i, run);
-            trace_leave(engine, page + i, run);
             if (error) {
                 settle(engine, page + i, run);
                 return error;
             }
-            now_present(engine, page + i, run);
+            now_present(engine, page + i, run, moved);
         }
         i += run;
     }
