@@ -20,7 +20,8 @@
 #define DENSE_FAULTS 32  /* in one round, in a refined block: the 512 pages would be sent in the time of these faults */
 #define FINE_FAULTS 16   /* of all refined blocks together in a round, and 2 a ms: at 50 us each, a tenth of the */
 #define FINE_NS 500000ull /* guest's time */
-#define STRIDE ((uint64_t)2 << 20) /* bytes protected in one call at the start: what a fault may have to wait for */
+#define STRIDE ((uint64_t)2 << 20) /* bytes protected in one call at first; then as many as take STRIDE_NS: what a */
+#define STRIDE_NS 30000ull         /* fault may have to wait for */
 
 static uint64_t mark_words(const struct pv_engine *engine) { return (engine->pages + 63) / 64; }
 
@@ -125,14 +126,20 @@ int trace_fault(struct pv_engine *engine, uint64_t page)
 /* Under the mutex, since a block that is being copied out relies on its protection. */
 static int protect_all(struct pv_engine *engine, bool on)
 {
-    for (uint64_t at = 0; at < engine->size; at += STRIDE) {
-        uint64_t size = engine->size - at < STRIDE ? engine->size - at : STRIDE;
+    for (uint64_t at = 0, size, stride = STRIDE; at < engine->size; at += size) {
+        size = engine->size - at < stride ? engine->size - at : stride;
         lock_politely(&engine->trace);
+        uint64_t begin = pv_now();
         int error = uffd_protect(engine, engine->ram + at, size, on);
+        engine->trace.stats.protected += on && !error ? size : 0;
+        uint64_t spent = pv_now() - begin;
         pthread_mutex_unlock(&engine->trace.mutex);
         if (error)
             return error;
-        engine->trace.stats.protected += on ? size : 0;
+        if (spent < STRIDE_NS / 2 && stride < STRIDE << 2)
+            stride *= 2;
+        else if (spent > STRIDE_NS && stride > STRIDE)
+            stride /= 2;
     }
     return 0;
 }
