@@ -24,6 +24,7 @@
 #define PV_HOME_SHARED 7  /* one copy for several pages */
 #define PV_HOMES 8
 #define PV_PAGE_HOME 0xfull
+#define PV_PAGE_FAILED (1ull << 4) /* could not be brought back when it was touched; waits for pv_engine_retry */
 #define PV_PAGE_LOCATOR_SHIFT 12
 
 /* A block's word. The low half is a futex. */
@@ -157,7 +158,7 @@ int pv_engine_break(struct pv_engine *engine, uint64_t block) PV_CHECKED;
 int pv_engine_wait_failure(struct pv_engine *engine, struct pv_failure *out) PV_CHECKED;
 /* Lets pv_engine_wait_failure return 0, now and for ever. */
 void pv_engine_end_failures(struct pv_engine *engine);
-/* Lets the threads that wait for a page whose fetch failed try again. */
+/* Lets the threads that wait for a page whose fetch failed try again. Before that, no touch has it fetched again. */
 void pv_engine_retry(struct pv_engine *engine);
 
 void pv_engine_read_stats(struct pv_engine *engine, struct pv_engine_stats *out);

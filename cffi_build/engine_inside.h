@@ -54,6 +54,7 @@ struct pv_engine {
     pthread_mutex_t fail_mutex;
     pthread_cond_t fail_news;
     struct pv_failure failure;
+    uint64_t failed_first, failed_end; /* all pages with PV_PAGE_FAILED are among these */
     uint64_t failures_told;
     bool failures_ended;
 

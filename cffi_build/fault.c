@@ -13,6 +13,10 @@
 
 #define MESSAGES 32
 
+/* A vCPU with a signal pending that touches a page in kernel mode does not wait: the kernel has it touch the page again
+ * and again. Where that page has failed already, nothing is to be done but to keep the storm small. */
+#define FAILED_US 200
+
 /* Who waits for a fault: a vCPU's thread, another of ours, or a worker of KVM's asynchronous page faults, which stands
  * for a vCPU that it has halted meanwhile (of several vCPUs it cannot be told for which). */
 static struct pv_stall *stall_of(struct pv_engine *engine, uint32_t tid)
@@ -54,6 +58,11 @@ static void serve(struct pv_engine *engine, const struct uffd_msg *message, uint
     int answer;
     block_lock(engine, block);
     uint32_t home = page_home(engine, page);
+    if (engine->page_words[page] & PV_PAGE_FAILED) {
+        block_unlock(engine, block);
+        (void)!usleep(FAILED_US);
+        return;
+    }
     if (home != PV_HOME_PRESENT) {
         answer = bring(engine, page, 1);
         /* A writer held by protection while its page was taken out waits for this page and is woken by its arrival;
@@ -63,9 +72,9 @@ static void serve(struct pv_engine *engine, const struct uffd_msg *message, uint
     } else {
         answer = bring_untouched(engine, page, flags & UFFD_PAGEFAULT_FLAG_WRITE);
     }
-    block_unlock(engine, block);
     if (answer < 0)
         fail(engine, page, -answer);
+    block_unlock(engine, block);
     note(engine, home, answer, message->arg.pagefault.feat.ptid, pv_now() - begin);
 }
 
@@ -115,6 +124,12 @@ void fail(struct pv_engine *engine, uint64_t page, int error)
 {
     pthread_mutex_lock(&engine->fail_mutex);
     engine->failure = (struct pv_failure){page, page_home(engine, page), error, engine->failure.count + 1};
+    if (page_home(engine, page) != PV_HOME_PRESENT) {
+        bool first = engine->failed_first == engine->failed_end;
+        engine->page_words[page] |= PV_PAGE_FAILED;
+        engine->failed_first = first || page < engine->failed_first ? page : engine->failed_first;
+        engine->failed_end = first || page >= engine->failed_end ? page + 1 : engine->failed_end;
+    }
     pthread_cond_broadcast(&engine->fail_news);
     pthread_mutex_unlock(&engine->fail_mutex);
 }
@@ -141,6 +156,18 @@ void pv_engine_end_failures(struct pv_engine *engine)
 
 void pv_engine_retry(struct pv_engine *engine)
 {
-    if (pv_engine_equipped(engine))
-        uffd_wake(engine, engine->ram, engine->size);
+    if (!pv_engine_equipped(engine))
+        return;
+    pthread_mutex_lock(&engine->fail_mutex);
+    uint64_t first = engine->failed_first, end = engine->failed_end;
+    engine->failed_first = engine->failed_end = 0;
+    pthread_mutex_unlock(&engine->fail_mutex);
+    for (uint64_t page = first; page < end; page++) {
+        if (!(engine->page_words[page] & PV_PAGE_FAILED))
+            continue;
+        block_lock(engine, page / PV_BLOCK_PAGES);
+        engine->page_words[page] &= ~PV_PAGE_FAILED;
+        block_unlock(engine, page / PV_BLOCK_PAGES);
+    }
+    uffd_wake(engine, engine->ram, engine->size);
 }
