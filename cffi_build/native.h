@@ -179,3 +179,7 @@ int pv_rings_collect(struct pv_rings *rings, uint64_t *bits, int64_t timeout_ns)
 /* ---- engine.h: pages with homes ---- */
 
 #include "engine.h"
+
+/* ---- snapshot.h: pages in a file ---- */
+
+#include "snapshot.h"
