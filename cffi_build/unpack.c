@@ -109,6 +109,23 @@ int pv_snapshot_read(const struct pv_snapshot *snapshot, uint64_t block, struct 
     return error ? error : bytes_of(snapshot, row, out);
 }
 
+int pv_snapshot_choose(const struct pv_snapshot *snapshot, uint64_t *missing, uint64_t *wanted)
+{
+    for (uint64_t page = 0; page < snapshot->pages; page++) {
+        uint64_t bit = 1ull << page % 64, word;
+        if (!(missing[page / 64] & bit))
+            continue;
+        int error = pv_snapshot_page(snapshot, page, &word);
+        if (error)
+            return error;
+        if ((word & PV_INDEX_KIND) == PV_INDEX_BLOCK)
+            wanted[page / 64] |= bit;
+        if ((word & PV_INDEX_KIND) != PV_INDEX_PARENT)
+            missing[page / 64] &= ~bit;
+    }
+    return 0;
+}
+
 static bool is_wanted(const uint64_t *wanted, uint64_t page) { return wanted[page / 64] >> page % 64 & 1; }
 
 /* One block; `spare` has room for the largest. */

@@ -33,7 +33,11 @@ def stub():
     }
 
 
-HEADER, CDEF, STUB = functions("native.h") | functions("engine.h") | functions("snapshot.h"), functions("native.cdef"), stub()
+HEADER, CDEF, STUB = (
+    functions("native.h") | functions("engine.h") | functions("snapshot.h"),
+    functions("native.cdef"),
+    stub(),
+)
 
 
 def arguments(found):
