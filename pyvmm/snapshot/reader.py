@@ -31,7 +31,7 @@ _STEP = 64 * MIB
 """Bytes of pages that C reads at once, so that Ctrl-C does not wait long."""
 
 
-class Home(Record):
+class Place(Record):
     """Where a page is: kind "zero", "block" (then, block and slot), or "parent"."""
 
     __slots__ = ("block", "kind", "slot")
@@ -45,21 +45,22 @@ class Home(Record):
 class Snapshot:
     """An open snapshot. Made by `Snapshot.open()`; a context manager.
 
-    name: the path as it was given; parent: the snapshot that it builds on, or None; header: what it says of itself.
+    name: the path as it was given, for messages; path: without symbolic links; parent: the snapshot that it builds
+    on, or None; header: what it says of itself.
     All methods raise SnapshotError where the file is found damaged, and HostError where it cannot be read; they may be
     called from any thread.
     """
 
     def __init__(self, name: str, fd: int) -> None:
         """Takes the descriptor, also if this fails. Opens no parent: open() does."""
-        self.name = name
-        self.path = os.path.abspath(name)
+        self.name = name if name.isprintable() else repr(name)  # a parent's comes from a file that may be hostile
+        self.path = os.path.realpath(name)
         self.parent: Snapshot | None = None
         self.fd = fd
         try:
             raw = _read(fd, 0, HEADER_SIZE)
-            self.header: Header = decode(raw, os.fstat(fd).st_size, name)
-            self._sections = {kind: _Chunked(fd, self.header.sections[kind], name, kind) for kind in SECTIONS}
+            self.header: Header = decode(raw, os.fstat(fd).st_size, self.name)
+            self._sections = {kind: _Chunked(fd, self.header.sections[kind], self.name, kind) for kind in SECTIONS}
             self.native = self._make_native()
             self._raw_states = bytes(self._bytes("states", 0, self.header.sections["states"].length))
         except BaseException:
@@ -157,7 +158,7 @@ class Snapshot:
 
     # ---- pages ----
 
-    def page_home(self, page: int) -> Home:
+    def page_home(self, page: int) -> Place:
         """Where a page is, as this file says. Raises BadInput beyond RAM."""
         self._require_page(page)
         word = ffi.new("uint64_t *")
@@ -165,8 +166,8 @@ class Snapshot:
         kind = word[0] & lib.PV_INDEX_KIND
         if kind == lib.PV_INDEX_BLOCK:
             slot = word[0] >> lib.PV_INDEX_SLOT_SHIFT & (lib.PV_STORE_SLOTS - 1)
-            return Home("block", word[0] >> lib.PV_INDEX_BLOCK_SHIFT, slot)
-        return Home("parent" if kind == lib.PV_INDEX_PARENT else "zero")
+            return Place("block", word[0] >> lib.PV_INDEX_BLOCK_SHIFT, slot)
+        return Place("parent" if kind == lib.PV_INDEX_PARENT else "zero")
 
     def read_block(self, block: int) -> list[tuple[int, bytes]]:
         """(page, its 4096 bytes) of each page in a storage block, verified. Raises BadInput where there is none."""
@@ -336,7 +337,10 @@ def _find_parent(child: Snapshot) -> Snapshot:
     for place in places:
         if not os.path.isfile(place):
             continue
-        parent = Snapshot(place, _open(place))
+        try:
+            parent = Snapshot(place, _open(place))
+        except SnapshotError as error:
+            raise SnapshotError(f"{child.name}: its parent cannot be used: {error}") from None
         header = parent.header
         if (header.id, header.depth, header.memory_size) == (
             child.header.parent_id, child.depth - 1, child.memory_size,

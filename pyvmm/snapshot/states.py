@@ -53,7 +53,7 @@ class _Encoder:
         if isinstance(value, bool):
             out += b"T" if value else b"F"
         elif isinstance(value, int):
-            size = value.bit_length() // 8 + 1
+            size = (value if value >= 0 else ~value).bit_length() // 8 + 1
             if size > MAX_INT_BYTES:
                 raise StateError(f"{where}: an integer of more than {MAX_INT_BYTES} bytes")
             out += b"i" + bytes((size,)) + value.to_bytes(size, "little", signed=True)

@@ -199,9 +199,8 @@ class Writer:
 
 def _check_shape(memory_size: int, block_size: int) -> None:
     if not MIN_MEMORY <= memory_size <= format.MAX_MEMORY or memory_size % PAGE_SIZE:
-        raise BadInput(
-            f"a snapshot holds {format_size(MIN_MEMORY)} to {format_size(format.MAX_MEMORY)} of RAM, whole pages"
-        )
+        limits = f"{format_size(MIN_MEMORY)} to {format_size(format.MAX_MEMORY)}"
+        raise BadInput(f"memory of {memory_size} bytes: a snapshot holds {limits}, in pages of 4 KiB")
     if not lib.PV_STORE_MIN <= block_size <= lib.PV_STORE_MAX or block_size & (block_size - 1):
         raise BadInput(f"storage blocks of {format_size(block_size)}: give 16K to 2M, a power of two")
 
