@@ -18,6 +18,7 @@ from pyvmm.errors import BadInput
 BENCHMARKS = {
     "start": "time to a guest's first byte: process, in-process, beside QEMU",
     "exits": "port writes a second: bare KVM_RUN loop, answered in C, by a Python device",
+    "storage": "a snapshot file written and read with each codec: plain write() and read() of the same bytes",
 }
 
 

@@ -41,7 +41,7 @@ def _check(args: Arguments) -> int:
     try:
         with Snapshot.open(args.file) as snapshot:
             _check_aloud(snapshot)
-            files = snapshot.depth + 1
+            depth = snapshot.depth
     except SnapshotError as error:
         if not args.json:
             raise
@@ -51,7 +51,7 @@ def _check(args: Arguments) -> int:
     if args.json:
         print(json.dumps(outcome))
     else:
-        print(f"{args.file}: whole" + (f", and so are the {files - 1} before it" if files > 1 else ""))
+        print(f"{args.file}: whole" + (f", and so is all that it builds on ({depth})" if depth else ""))
     return 0
 
 
@@ -155,7 +155,12 @@ def _show(snapshot: Snapshot, info: Info, missing: str | None) -> None:
     from pyvmm.cli.picture import new_table
 
     console, header = Output(), snapshot.header
-    console.print(Text(f"{snapshot.name}: by {header.producer}, id {snapshot.id.hex()}", "bold"))
+
+    def line(text: str, style: str = "") -> None:
+        console.print(Text(text, style), soft_wrap=True)  # paths are not broken
+
+    line(snapshot.name, "bold")
+    line(f"by {header.producer}, id {snapshot.id.hex()}")
     pages = new_table(console, "RAM", "pages", "MiB", "share")
     rows = {"stored": info.stored, "zero": info.zero, "in the parent": info.inherited, "all": snapshot.pages}
     for name, count in rows.items():
@@ -172,8 +177,8 @@ def _show(snapshot: Snapshot, info: Info, missing: str | None) -> None:
     ]
     if info.working_set:
         lines.append(f"working set: {info.working_set:,} pages")
-    for line in lines:
-        console.print(Text(line))
+    for text in lines:
+        line(text)
     vcpus = new_table(console, "vCPU", "mode", "ring", *_SHOWN[:5])
     for number, regs in _saved_vcpus(snapshot):
         vcpus.add_row(
@@ -184,11 +189,11 @@ def _show(snapshot: Snapshot, info: Info, missing: str | None) -> None:
         console.print(vcpus)
     if snapshot.depth:
         console.print()
-        console.print(Text(f"ancestors: {snapshot.depth}", "bold"))
+        line(f"ancestors: {snapshot.depth}", "bold")
         for each in _chain(snapshot)[1:]:
-            console.print(Text(f"{os.path.basename(each.path)!r}: {_size(each.header.file_size)}, id {each.id.hex()}"))
+            line(f"{os.path.basename(each.path)!r}: {_size(each.header.file_size)}, id {each.id.hex()}")
     if missing is not None:
-        console.print(Text(missing, "yellow"))
+        line(missing, "yellow")
 
 
 def _size(size: int) -> str:

@@ -65,16 +65,17 @@ class Writer:
             _fill(self._index, int(lib.PV_INDEX_PARENT))
         self._back = room(pages * 8)
         self._table = room(pages * ROW_SIZE)
-        self._file = Pending(self.path, self._name)
         # SAFETY: C keeps these addresses as long as this object lives: it holds what they are of.
         self._held = [ffi.from_buffer("uint64_t[]", words) for words in (self._index, self._back)]
         self._held += [ffi.from_buffer("struct pv_stored[]", self._table), ffi.new("uint64_t[]", pages // 64 + 1)]
         self._held += [ffi.new("uint8_t[]", block_size), ffi.new("uint8_t[]", block_size)]
         self._pack = ffi.new("struct pv_pack *")
         pack = self._pack
-        pack.fd, pack.codec, pack.level = self._file.fd, number, ZSTD_LEVEL
+        pack.codec, pack.level = number, ZSTD_LEVEL
         pack.slots, pack.pages, pack.offset = block_size // PAGE_SIZE, pages, HEADER_SIZE
         pack.index, pack.back, pack.table, pack.given, pack.staging, pack.packed = self._held
+        self._file = Pending(self.path, self._name)  # last: what fails before has no file to remove
+        pack.fd = self._file.fd
 
     def _adopt(self, parent: Snapshot) -> tuple[bytes, str, int]:
         """What the header says of the parent. Raises BadInput where it cannot be one."""
