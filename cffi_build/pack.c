@@ -5,6 +5,7 @@
 #include "zero.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -23,38 +24,52 @@ int pv_write_whole(int fd, const uint8_t *from, uint64_t size, uint64_t offset)
     return 0;
 }
 
+int pv_pack_write(struct pv_pack *pack)
+{
+    uint64_t at = pack->offset - pack->ready;
+    int error = pv_write_whole(pack->fd, pack->out, pack->ready, at);
+    if (error)
+        return error;
+    /* The disk begins now, so that fsync() at the end waits for little. A hint: fsync() will say what went wrong. */
+    (void)!sync_file_range(pack->fd, (off_t)at, (off_t)pack->ready, SYNC_FILE_RANGE_WRITE);
+    pack->ready = 0;
+    return 0;
+}
+
+/* Where pages wait for their block to be full: for RAW, where they are written from. */
+static uint8_t *staging(const struct pv_pack *pack)
+{
+    return pack->codec == PV_CODEC_RAW ? pack->out + pack->ready : pack->staging;
+}
+
 int pv_pack_flush(struct pv_pack *pack)
 {
-    uint32_t size = pack->used * PV_PAGE;
+    uint32_t size = pack->used * PV_PAGE, length = size;
     if (!size)
         return 0;
-    const uint8_t *bytes = pack->staging;
     int codec = pack->codec;
-    uint32_t length = size;
+    uint8_t *out = pack->out + pack->ready;
     if (codec != PV_CODEC_RAW) {
-        int packed = pv_codec_compress(codec, pack->level, pack->staging, size, pack->packed, size - 8);
+        int packed = pv_codec_compress(codec, pack->level, pack->staging, size, out, size - 8);
         if (packed < 0 && packed != -ENOSPC)
             return packed;
         if (packed < 0) {
             codec = PV_CODEC_RAW;
+            memcpy(out, pack->staging, size);
         } else {
-            bytes = pack->packed;
             length = (uint32_t)packed;
-            memset(pack->packed + length, 0, -length & 7); /* within its size: it took 8 bytes less or fewer */
         }
     }
     uint32_t whole = (length + 7) & ~7u;
-    pack->table[pack->blocks] = (struct pv_stored){
-        .offset = pack->offset, .checksum = pv_hash(bytes, whole, 0), .first = pack->backs - pack->used,
+    memset(out + length, 0, whole - length);
+    pack->table[pack->blocks++] = (struct pv_stored){
+        .offset = pack->offset, .checksum = pv_hash(out, whole, 0), .first = pack->backs - pack->used,
         .length = length, .slots = (uint16_t)pack->used, .codec = (uint16_t)codec,
     };
-    int error = pv_write_whole(pack->fd, bytes, whole, pack->offset);
-    if (error)
-        return error;
     pack->offset += whole;
-    pack->blocks++;
+    pack->ready += whole;
     pack->used = 0;
-    return 0;
+    return pack->ready < PV_PACK_OUT ? 0 : pv_pack_write(pack);
 }
 
 int pv_pack_add(struct pv_pack *pack, uint64_t page, uint64_t count, const uint8_t *from)
@@ -73,7 +88,7 @@ int pv_pack_add(struct pv_pack *pack, uint64_t page, uint64_t count, const uint8
             pack->zeros++;
             continue;
         }
-        memcpy(pack->staging + (size_t)pack->used * PV_PAGE, from, PV_PAGE);
+        memcpy(staging(pack) + (size_t)pack->used * PV_PAGE, from, PV_PAGE);
         pack->index[page] = pack->blocks << PV_INDEX_BLOCK_SHIFT | (uint64_t)pack->used << PV_INDEX_SLOT_SHIFT |
                             PV_INDEX_BLOCK;
         pack->back[pack->backs++] = page;

@@ -16,6 +16,7 @@
 #define PV_STORE_MAX (2u << 20)
 #define PV_STORE_SLOTS 512u      /* pages in the largest one */
 #define PV_CHUNK (64u << 10)     /* bytes of a section under one checksum */
+#define PV_PACK_OUT (1u << 20)   /* bytes that are written at once */
 
 /* A word of INDEX: what a page is, and where: the low 12 bits are one of these, slot and block lie above. */
 #define PV_INDEX_ZERO 0   /* all zeros, or never touched */
@@ -65,7 +66,9 @@ struct pv_pack {
     uint64_t *index, *back;
     uint64_t *given;         /* a bit a page */
     struct pv_stored *table;
-    uint8_t *staging, *packed; /* slots * 4096 bytes each */
+    uint8_t *staging;        /* slots * 4096 bytes: the block that has been begun */
+    uint8_t *out;            /* PV_PACK_OUT and a block: what is to be written next, since small writes are slower */
+    uint64_t ready;          /* bytes of blocks in `out` */
     uint64_t offset;         /* where the next block goes */
     uint64_t blocks, backs, zeros;
     uint64_t page;           /* the one that was given twice */
@@ -77,6 +80,8 @@ struct pv_pack {
 int pv_pack_add(struct pv_pack *pack, uint64_t page, uint64_t count, const uint8_t *from) PV_CHECKED;
 /* Ends the block that has been begun. */
 int pv_pack_flush(struct pv_pack *pack) PV_CHECKED;
+/* Writes the blocks that wait for it. */
+int pv_pack_write(struct pv_pack *pack) PV_CHECKED;
 /* Writes all of it: 0 or -errno. */
 int pv_write_whole(int fd, const uint8_t *from, uint64_t size, uint64_t offset) PV_CHECKED;
 

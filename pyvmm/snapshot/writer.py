@@ -68,12 +68,12 @@ class Writer:
         # SAFETY: C keeps these addresses as long as this object lives: it holds what they are of.
         self._held = [ffi.from_buffer("uint64_t[]", words) for words in (self._index, self._back)]
         self._held += [ffi.from_buffer("struct pv_stored[]", self._table), ffi.new("uint64_t[]", pages // 64 + 1)]
-        self._held += [ffi.new("uint8_t[]", block_size), ffi.new("uint8_t[]", block_size)]
+        self._held += [ffi.new("uint8_t[]", block_size), ffi.new("uint8_t[]", int(lib.PV_PACK_OUT) + block_size)]
         self._pack = ffi.new("struct pv_pack *")
         pack = self._pack
         pack.codec, pack.level = number, ZSTD_LEVEL
         pack.slots, pack.pages, pack.offset = block_size // PAGE_SIZE, pages, HEADER_SIZE
-        pack.index, pack.back, pack.table, pack.given, pack.staging, pack.packed = self._held
+        pack.index, pack.back, pack.table, pack.given, pack.staging, pack.out = self._held
         self._file = Pending(self.path, self._name)  # last: what fails before has no file to remove
         pack.fd = self._file.fd
 
@@ -162,6 +162,7 @@ class Writer:
         self.end_block()
         self._begin_change()
         pack = self._pack
+        write_check(lib.pv_pack_write(pack), self._name)
         data: dict[str, Buffer] = {
             "states": raw_states,
             "index": memoryview(self._index)[: pages * 8],
