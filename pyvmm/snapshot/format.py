@@ -19,12 +19,15 @@ VERSION = 1
 HEADER_SIZE = 4096
 CHUNK: int = lib.PV_CHUNK
 """Bytes of a section under one checksum."""
-MAX_MEMORY = 1 << 44
-"""16 TiB: with it, opening a file reads no more than some 12 MiB, whatever the file says."""
+MAX_MEMORY = 1 << 40
+"""1 TiB: so that opening a file reads less than 1 MiB beside its states, and all maps take less than 8 GiB, whatever a
+file says."""
 MAX_STATES = 64 << 20
 MAX_DEPTH = 32
 """A snapshot has so many ancestors at most."""
 MAX_PATH = 1024
+MAX_WSET = 1 << 22
+"""Pages in a working set."""
 ROW_SIZE = ffi.sizeof("struct pv_stored")
 ID_SIZE = 16
 NO_ID = bytes(ID_SIZE)
@@ -212,7 +215,7 @@ def _sections_fit(sections: dict[str, Section], pages: int, blocks: int, backs: 
         and lengths["back"] == backs * 8
         and lengths["large"] == large_size(pages * PAGE_SIZE)
         and lengths["wset"] % 8 == 0
-        and lengths["wset"] <= pages * 8
+        and lengths["wset"] <= min(pages, MAX_WSET) * 8
     ):
         return False
     at = sections["states"].offset

@@ -142,10 +142,11 @@ class Snapshot:
     @cached_property
     def large(self) -> tuple[int, ...]:
         """Numbers of the 2 MiB blocks that were large pages, ascending."""
-        bits = int.from_bytes(self._bytes("large", 0, self.header.sections["large"].length), "little")
-        if bits >> -(-self.memory_size // BLOCK_SIZE):
+        raw = self._bytes("large", 0, self.header.sections["large"].length)
+        found = tuple(8 * at + bit for at, byte in enumerate(raw) if byte for bit in range(8) if byte >> bit & 1)
+        if found and found[-1] >= -(-self.memory_size // BLOCK_SIZE):
             raise SnapshotError(f"{self.name}: damaged: it has large pages beyond its RAM")
-        return tuple(block for block in range(bits.bit_length()) if bits >> block & 1)
+        return found
 
     @cached_property
     def wset(self) -> tuple[int, ...]:

@@ -158,6 +158,8 @@ class Writer:
         order = array("q", () if wset is None else wset)
         if len(set(order)) != len(order) or min(order, default=0) < 0 or max(order, default=0) >= pages:
             raise BadInput("the working set names a page twice, or one beyond the VM's RAM")
+        if len(order) > format.MAX_WSET:
+            raise BadInput(f"a working set of {len(order)} pages: a snapshot keeps {format.MAX_WSET} at most")
         raw_states = state_codec.encode(states)
         self.end_block()
         self._begin_change()

@@ -125,7 +125,7 @@ def test_a_file_is_only_its_owners(tmp_path):
     [
         ({"memory_size": 1 << 20}, "memory of 1048576 bytes"),
         ({"memory_size": (2 << 20) + 1}, "memory of 2097153 bytes"),
-        ({"memory_size": 1 << 45}, "2M to 16384G"),
+        ({"memory_size": 1 << 41}, "2M to 1024G"),
         ({"block_size": 8192}, "storage blocks of 8K"),
         ({"block_size": 48 << 10}, "storage blocks of 48K"),
         ({"block_size": 4 << 20}, "storage blocks of 4M"),

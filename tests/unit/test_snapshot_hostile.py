@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import struct
 
 import pytest
@@ -16,7 +17,7 @@ from pyvmm.layout import PAGE_SIZE
 from pyvmm.memory import GuestMemory
 from pyvmm.snapshot import Snapshot
 from pyvmm.snapshot import states as state_codec
-from pyvmm.snapshot.format import CHUNK, HEADER_SIZE, ID_SIZE, SECTIONS, align, decode
+from pyvmm.snapshot.format import CHUNK, HEADER_SIZE, ID_SIZE, MAX_MEMORY, SECTIONS, align, decode
 
 FLIPS = 1000
 CUTS = 200
@@ -204,6 +205,7 @@ HEADERS = {
     "offset beyond the file": (TABLE + 8, "<Q", (1 << 64) - 8),
     "length of a section": (TABLE + 16, "<Q", 1 << 62),
     "length of the index": (TABLE + 32 + 16, "<Q", 8),
+    "RAM beyond all": (88, "<QQ", (2 * MAX_MEMORY, 2 * MAX_MEMORY // PAGE_SIZE)),
     "length of the working set": (TABLE + 5 * 32 + 16, "<Q", 1 << 63),
 }
 
@@ -213,7 +215,7 @@ def test_a_forged_header_is_refused(forge, name):
     path, made = forge
     at, kind, value = HEADERS[name]
     raw = made.raw()
-    struct.pack_into(kind, raw, at, value)
+    struct.pack_into(kind, raw, at, *(value if isinstance(value, tuple) else (value,)))
     path.write_bytes(sealed(raw))
     with pytest.raises(SnapshotError, match="its header contradicts itself"):
         Snapshot.open(str(path))
@@ -365,13 +367,14 @@ def test_a_path_with_a_zero_byte_is_refused(tmp_path):
 
 
 def test_a_forged_size_takes_no_memory(tmp_path):
-    """A header that claims 16 TiB, in a sparse file as long as that needs: refused, without memory for its index."""
+    """A header that claims 1 TiB, in a sparse file as long as that needs: refused, without memory for its index."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     path = tmp_path / "a"
     save(path, some_ram(0), [])
     made = Forge(path.read_bytes())
     raw_states = state_codec.encode(STATE)
-    pages = (1 << 44) // PAGE_SIZE
-    put(made, 88, "<QQ", 1 << 44, pages)
+    pages = MAX_MEMORY // PAGE_SIZE
+    put(made, 88, "<QQ", MAX_MEMORY, pages)
     at = HEADER_SIZE
     lengths = {"states": len(raw_states), "index": pages * 8, "blocks": 0, "back": 0, "large": pages // 4096, "wset": 0}
     for number, name in enumerate(SECTIONS):
@@ -382,6 +385,7 @@ def test_a_forged_size_takes_no_memory(tmp_path):
     os.truncate(path, at)
     with pytest.raises(SnapshotError, match="the checksums of section states are wrong"):
         Snapshot.open(str(path))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10  # KiB
 
 
 def test_pages_of_a_sound_file_are_right(forge):
