@@ -159,6 +159,25 @@ def test_a_disk_that_fails_at_the_end(tmp_path, monkeypatch, call):
     assert os.listdir(tmp_path) == ["a"]
 
 
+def test_the_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    done = []
+    fsync, rename = os.fsync, os.rename
+
+    def noted_fsync(fd):
+        done.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}")))
+        fsync(fd)
+
+    def noted_rename(old, new):
+        done.append(f"{os.path.basename(old)} to {os.path.basename(new)}")
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "rename", noted_rename)
+    save(tmp_path / "a", some_ram(0))
+    assert done == [done[0], f"{done[0]} to a", tmp_path.name]
+    assert done[0].endswith(".partial")
+
+
 def test_two_writers_do_not_disturb_each_other(tmp_path):
     path = str(tmp_path / "a")
     with Writer(path, PAGES * PAGE_SIZE, BLOCK) as one:

@@ -6,6 +6,7 @@ import os
 import random
 import resource
 import struct
+import threading
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -233,7 +234,21 @@ def word(block, slot, kind=BLOCK_KIND):
     return block << 21 | slot << 12 | kind
 
 
+def swallow(made):
+    """Block 0 takes the pages of block 1 into slots that no block has, and all maps agree."""
+    for slot in range(4, 8):
+        made.word("index", made.word("back", slot), word(0, slot))
+    made.row(0, slots=8, length=8 * PAGE_SIZE, checksum=xxh64(bytes(made.blocks[: 8 * PAGE_SIZE])))
+
+
+def wrap(made):
+    """A page number that finds its word in INDEX by an overflow of 64 bits."""
+    made.word("back", 0, made.word("back", 0) + (1 << 61))
+
+
 FORGERIES = {
+    "a block of twice the size": swallow,
+    "a slot of a page that wraps": wrap,
     "a page in no block": lambda made: made.word("index", 0, word(1 << 40, 0)),
     "a page in no slot": lambda made: made.word("index", 0, word(0, 4)),
     "a page in another's slot": lambda made: made.word("index", 0, made.word("index", made.word("back", 1))),
@@ -269,17 +284,29 @@ FORGERIES = {
 }
 
 
+ODD_WORDS = {
+    "a page in no block", "a page in no slot", "a page of no parent", "a page of unknown kind", "a zero page with a place",
+    "a page with flags",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("name", FORGERIES)
 def test_forged_maps_are_found(forge, name):
     path, made = forge
     FORGERIES[name](made)
     path.write_bytes(made.raw())
+    overlap = name == "a block upon another"  # another page's bytes, with their checksum: only all of it shows
     with Snapshot.open(str(path)) as snapshot:  # lazily: this much is right
         with pytest.raises(SnapshotError, match="damaged") as error:
             snapshot.check()
         assert "\n" not in str(error.value)
+        if name.startswith(("a block", "a slot")) and not overlap:  # seen before a byte of it is read
+            with pytest.raises(SnapshotError, match="storage block 0 contradicts its other maps"):
+                snapshot.read_block(0)
+        if name in ODD_WORDS:
+            with pytest.raises(SnapshotError, match="the index of page 0 contradicts its other maps"):
+                snapshot.page_home(0)
         in_pages = not name.startswith(("large", "a working set", "states"))
-        overlap = name == "a block upon another"  # another page's bytes, with their checksum: only all of it shows
         if in_pages and not overlap and name != "a page that no place names":
             with pytest.raises(SnapshotError):
                 snapshot.load_into(GuestMemory(snapshot.memory_size, "4k"))
@@ -393,3 +420,37 @@ def test_pages_of_a_sound_file_are_right(forge):
     path.write_bytes(made.raw())
     ram = some_ram(3)
     assert pages_in(path)[: 40 * PAGE_SIZE] == ram[: 40 * PAGE_SIZE]
+
+
+def test_a_block_does_not_grow_into_the_next(tmp_path):
+    """512 slots are the most: a slot more would have the word of the next block's first."""
+    path = tmp_path / "a"
+    save(path, b"x" * PAGES * PAGE_SIZE, block_size=2 << 20)
+    made = Forge(path.read_bytes())
+    made.row(0, slots=PAGES, length=PAGES * PAGE_SIZE, checksum=xxh64(bytes(made.blocks)))
+    path.write_bytes(made.raw())
+    with Snapshot.open(str(path)) as snapshot:
+        for read in (lambda: snapshot.read_block(0), lambda: snapshot.load_into(GuestMemory(snapshot.memory_size))):
+            with pytest.raises(SnapshotError, match="storage block 0 contradicts"):
+                read()
+
+
+def test_many_threads_read_one_file(saved):
+    path, _, right = saved
+    found, errors = [], []
+
+    def read(snapshot, seed):
+        try:
+            pages = random.Random(seed).sample(sorted(right[4]), len(right[4]))
+            found.append(all(snapshot.read_page(page) == right[4][page] for page in pages))
+        except Exception as error:
+            errors.append(error)
+
+    with Snapshot.open(str(path)) as snapshot:
+        threads = [threading.Thread(target=read, args=(snapshot, seed)) for seed in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert errors == []
+    assert found == [True] * 8
