@@ -17,6 +17,7 @@ ROOT = HERE.parent
 SOURCES = (
     "run.c", "map.c", "sys.c", "bits.c", "ring.c", "bare.c",
     "engine.c", "pagemap.c", "uffd.c", "fault.c", "install.c", "remove.c", "blocks.c", "coarse.c",
+    "checksum.c", "codec.c", "pack.c", "unpack.c",
 )  # fmt: skip
 FLAGS = ("-std=gnu11", "-O2", "-g", "-fvisibility=hidden")
 STRICT = ("-Wall", "-Wextra", "-Werror", "-Wshadow", "-Wstrict-prototypes", "-Wvla", "-Wundef")
@@ -82,7 +83,7 @@ def build_extension() -> None:
         include_dirs=[str(HERE)],
         depends=[str(path) for path in (*HERE.glob("*.h"), ROOT / "guest/abi.h")],
         extra_compile_args=list(FLAGS),
-        libraries=["pthread"],
+        libraries=["pthread", "dl"],
     )
     built = Path(ffi.compile(tmpdir=str(generated)))
     target = ROOT / "pyvmm" / built.name

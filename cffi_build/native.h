@@ -189,3 +189,7 @@ uint64_t pv_touch(const volatile uint8_t *at, uint64_t count, uint64_t stride);
 /* ---- engine.h: pages with homes ---- */
 
 #include "engine.h"
+
+/* ---- snapshot.h: pages in a file ---- */
+
+#include "snapshot.h"

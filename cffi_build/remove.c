@@ -1,6 +1,7 @@
 /* remove.c: how pages go away: out of the guest in one step while its vCPUs run, then to their home. */
 #define _GNU_SOURCE
 #include "engine_inside.h"
+#include "zero.h"
 
 #include <errno.h>
 #include <string.h>
@@ -12,16 +13,6 @@ void count_op(struct pv_engine *engine, int op, uint64_t since, int result)
     count_up(result < 0 ? &own->failed : &own->done, 1);
     count_up(&own->nanoseconds, spent);
     note_longest(&own->longest, spent);
-}
-
-static bool is_zero(const uint8_t *page)
-{
-    const uint64_t *words = (const uint64_t *)page;
-    for (uint32_t i = 0; i < PV_PAGE / 8; i += 8)
-        if (words[i] | words[i + 1] | words[i + 2] | words[i + 3] | words[i + 4] | words[i + 5] | words[i + 6] |
-            words[i + 7])
-            return false;
-    return true;
 }
 
 /* ---- out of the guest, into the aside area ---- */

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         ImageError,
         KernelError,
         PyvmmError,
+        SnapshotError,
         StateError,
     )
     from pyvmm.layout import Gfn, Gpa, Hva
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from pyvmm.memory.counts import EngineStats, PageCounts
     from pyvmm.memory.homes import Home
     from pyvmm.memory.trace import Runs, Trace
+    from pyvmm.snapshot import Snapshot
     from pyvmm.state import State
     from pyvmm.vcpu import Registers
 
@@ -44,6 +46,7 @@ _PUBLIC = {
     "Runs": "pyvmm.memory.trace",
     "Trace": "pyvmm.memory.trace",
     "Registers": "pyvmm.vcpu",
+    "Snapshot": "pyvmm.snapshot",
     "State": "pyvmm.state",
     "Gpa": "pyvmm.layout",
     "Gfn": "pyvmm.layout",
@@ -55,6 +58,7 @@ _PUBLIC = {
     "HostError": "pyvmm.errors",
     "ImageError": "pyvmm.errors",
     "KernelError": "pyvmm.errors",
+    "SnapshotError": "pyvmm.errors",
     "StateError": "pyvmm.errors",
 }
 
@@ -78,6 +82,8 @@ __all__ = [
     "Registers",
     "RunResult",
     "Runs",
+    "Snapshot",
+    "SnapshotError",
     "State",
     "StateError",
     "Trace",

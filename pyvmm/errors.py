@@ -38,6 +38,10 @@ class StateError(BadInput):
     """A saved state of another kind, version or shape than the part it is to be restored into."""
 
 
+class SnapshotError(BadInput):
+    """A snapshot file that is damaged, truncated, foreign, of another version, or lacks its parent."""
+
+
 class MemoryAccessError(PyvmmError, IndexError):
     """A guest-physical range that is not (wholly) RAM."""
 

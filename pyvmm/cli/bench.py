@@ -23,6 +23,7 @@ BENCHMARKS = {
     "traces": "write traces: the guest's speed, stalls at the installation, bytes reported",
     "faults": "pages taken out of a guest and brought back, beside a bare userfaultfd loop",
     "idle": "the memory engine while it does nothing; blocks split, merged and broken",
+    "storage": "a snapshot file written and read with each codec: plain write() and read() of the same bytes",
 }
 # Those that have measure(quick=True): little memory and few rounds.
 QUICK = ("traces", "faults", "idle")

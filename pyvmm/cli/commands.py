@@ -100,6 +100,14 @@ COMMANDS = (
         Option("--json", "one JSON object instead of tables and maps", bool),
     ),
     Command(
+        "snapshot",
+        "show what a snapshot file holds, or check that it is whole",
+        "snapshot",
+        Option("action", "info: sizes, pages, vCPUs, parents; check: read and verify all", choices=("info", "check")),
+        Option("file", "a snapshot", metavar="FILE"),
+        Option("--json", "one JSON object instead of text", bool),
+    ),
+    Command(
         "guests",
         "list the guests that pyvmm brings",
         "guests",

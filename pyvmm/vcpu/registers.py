@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from pyvmm._native import ffi
 from pyvmm.errors import BadInput
 from pyvmm.record import Record
 
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from pyvmm._native import CData
     from pyvmm.image.model import Entry
     from pyvmm.kvm import VcpuFd
+    from pyvmm.state import State
 
 GENERAL = (
     "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp",
@@ -115,6 +117,16 @@ class Registers(Record):
     def pc(self) -> int:
         """The linear address of the next instruction."""
         return self.rip if self.mode == 64 else (self.cs.base + self.rip) & 0xFFFF_FFFF
+
+
+def saved_registers(state: State) -> Registers:
+    """The registers in a vCPU's saved state (pyvmm.vcpu.state). Raises StateError where they are not there."""
+    parts = []
+    for name in ("regs", "sregs"):
+        struct = ffi.new(f"struct kvm_{name} *")
+        ffi.memmove(struct, state.blob(name, ffi.sizeof(f"struct kvm_{name}")), ffi.sizeof(f"struct kvm_{name}"))
+        parts.append(struct)
+    return Registers(*parts)
 
 
 def read_registers(fd: VcpuFd) -> Registers:

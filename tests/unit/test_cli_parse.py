@@ -10,7 +10,25 @@ from pyvmm.cli.parse import parse, parse_fully, parse_plain
 WORDS = sorted(
     {option.name for command in COMMANDS for option in command.options if not option.positional}
     | {command.name for command in COMMANDS}
-    | {"hello", "1", "2.5", "-1", "4k", "3m", "--", "", "a b", "--mem=64M", "--me", "-h", "--help", "1e3", "0x10"}
+    | {
+        "hello",
+        "1",
+        "2.5",
+        "-1",
+        "4k",
+        "3m",
+        "--",
+        "",
+        "a b",
+        "--mem=64M",
+        "info",
+        "check",
+        "--me",
+        "-h",
+        "--help",
+        "1e3",
+        "0x10",
+    }
 )
 
 
@@ -20,6 +38,7 @@ WORDS = sorted(
 @example(["run", "hello", "--append", ""])
 @example(["run", "hello", "--timeout", "2.5", "--cpus", "2"])
 @example(["pages", "hello", "--do", "split:1", "--json", "--do", "merge:all"])
+@example(["snapshot", "info", "hello", "--json"])
 def test_plain_agrees_with_argparse(argv):
     plain = parse_plain(argv)
     if plain is None:
@@ -37,6 +56,8 @@ def test_plain_agrees_with_argparse(argv):
         ["pages", "hello", "--do", "split:1", "--json", "--do", "merge:all"],
         ["guests"],
         ["doctor", "--json"],
+        ["snapshot", "info", "a.snap", "--json"],
+        ["snapshot", "--json", "check", "a.snap"],
     ],
 )
 def test_a_plain_line_needs_no_argparse(argv):
@@ -46,12 +67,15 @@ def test_a_plain_line_needs_no_argparse(argv):
 @pytest.mark.parametrize(
     ("argv", "named"),
     [
-        ([], "give a command: run, pages, guests, dirty, bench, torture, doctor"),
+        ([], "give a command: run, pages, snapshot, guests, dirty, bench, torture, doctor"),
         (["fly"], "'fly'"),
         (["run"], "GUEST|FILE"),
         (["run", "hello", "--cpus", "two"], "'two'"),
         (["run", "hello", "--pages", "3m"], "'3m'"),
         (["run", "hello", "--speed", "9"], "--speed"),
+        (["snapshot"], "FILE"),
+        (["snapshot", "list", "a.snap"], "'list'"),
+        (["snapshot", "check"], "FILE"),
         (["run", "hello", "--mem"], "--mem"),
     ],
 )

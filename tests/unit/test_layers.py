@@ -16,6 +16,7 @@ LAYERS = (
     ("explain", "host"),
     ("console",),
     ("vcpu", "bus", "devices"),
+    ("snapshot",),
     ("memory",),
     ("kvm",),
     ("_native",),
