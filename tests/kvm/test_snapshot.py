@@ -22,7 +22,7 @@ from snapshot_files import AVAILABLE
 pytestmark = needs("kvm")
 
 
-def save(path, machine, codec="lz4", parent=None, runs=None):
+def save(path, machine, codec=AVAILABLE[-1], parent=None, runs=None):
     """All RAM of a paused VM, or some pages of it; returns the state saved with it, as another has another clock."""
     memory, state = machine.memory, machine.save()
     with Writer(str(path), memory.size, codec=codec, parent=parent) as writer:
