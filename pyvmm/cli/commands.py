@@ -83,6 +83,18 @@ COMMANDS = (
         Option("--stats", "print exits, mappings and rates at the end", bool),
         Option("--live", "show the guest's progress while it runs", bool),
         Option("--trace", "single-step the first N instructions, and show them", int, metavar="N"),
+        Option("--snapshot", "write the VM into this file, and go on", metavar="FILE"),
+        Option("--snapshot-at", "when: progress>=N, or seconds>=S (default: at the end)", metavar="CONDITION"),
+    ),
+    Command(
+        "restore",
+        "run a guest on from a snapshot file",
+        "restore",
+        Option("file", "a snapshot", metavar="FILE"),
+        _PAGES,
+        Option("--timeout", "end the guest then, with status 124", float, metavar="SECONDS"),
+        Option("--stats", "print exits, mappings and rates at the end", bool),
+        Option("--live", "show the guest's progress while it runs", bool),
     ),
     Command(
         "pages",

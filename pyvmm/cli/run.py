@@ -71,6 +71,17 @@ class Session:
         if args.timeout is not None:
             check_seconds("--timeout", args.timeout)
 
+    def make(self) -> VM:
+        """The VM, with its guest in it."""
+        args = self.args
+        vm = VM(memory=args.mem, cpus=args.cpus, pages=args.pages, hugetlb=args.hugetlb)
+        try:
+            vm.load(args.guest, args.append, args.initrd, args.format, _address(args.at))
+        except BaseException:
+            vm.close()
+            raise
+        return vm
+
     def prepare(self, vm: VM) -> None:
         """The guest is loaded."""
 
@@ -89,8 +100,7 @@ class Session:
 
     def _run(self, signals: _Signals) -> int:
         args = self.args
-        with VM(memory=args.mem, cpus=args.cpus, pages=args.pages, hugetlb=args.hugetlb) as vm:
-            vm.load(args.guest, args.append, args.initrd, args.format, _address(args.at))
+        with self.make() as vm:
             self.prepare(vm)
             with Console(vm.serial, _usable_stdin(), self.stdout) as console:
                 vm.serial.output = console.output
@@ -120,15 +130,8 @@ class Session:
             return 0 if result is None else result.status
 
 
-class _Run(Session):
-    def __init__(self, args: Arguments) -> None:
-        super().__init__(args)
-        if args.trace is not None and args.trace < 1:
-            raise BadInput(f"--trace {args.trace}: give a number of instructions, 1 or more")
-
-    def prepare(self, vm: VM) -> None:
-        if self.args.trace is not None:
-            vm.single_step(self.args.trace, lambda line: print(line, file=sys.stderr, flush=True))
+class Watched(Session):
+    """With --live and --stats."""
 
     def wait(self, vm: VM) -> RunResult | None:
         if self.args.live:
@@ -142,6 +145,30 @@ class _Run(Session):
             from pyvmm.cli.report import print_stats
 
             print_stats(vm, seconds)
+
+
+class _Run(Watched):
+    def __init__(self, args: Arguments) -> None:
+        super().__init__(args)
+        if args.trace is not None and args.trace < 1:
+            raise BadInput(f"--trace {args.trace}: give a number of instructions, 1 or more")
+        if args.snapshot_at is not None and args.snapshot is None:
+            raise BadInput("--snapshot-at says when, --snapshot FILE must say where to")
+        if args.snapshot is not None:
+            from pyvmm.cli.checkpoint import Condition
+
+            self._condition = Condition(args.snapshot_at)
+
+    def prepare(self, vm: VM) -> None:
+        if self.args.trace is not None:
+            vm.single_step(self.args.trace, lambda line: print(line, file=sys.stderr, flush=True))
+
+    def wait(self, vm: VM) -> RunResult | None:
+        if self.args.snapshot is not None:
+            from pyvmm.cli.checkpoint import save_when
+
+            save_when(vm, self._condition, self.args.snapshot, self.args.timeout)
+        return super().wait(vm)
 
 
 def run(args: Arguments) -> int:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pyvmm.memory.engine import Engine
     from pyvmm.memory.space import Pages
     from pyvmm.memory.trace import Rings, Target, Trace
+    from pyvmm.snapshot.reader import Progress as Progress_
     from pyvmm.state import State
 
 # In the hole below 4 GiB, for VT-x without "unrestricted guest" (KVM api.rst, 4.36 and 4.42).
@@ -139,7 +140,7 @@ class VM:
         """Starts all vCPUs, each in its thread, and returns at once."""
         self._life.require_open()
         if not self._image_path:
-            raise LifecycleError("the VM has no guest yet: load() one, or restore() a saved state")
+            raise LifecycleError("the VM has no guest yet: load() one, or restore_state() a saved one")
         self._life.start(self._exits)
 
     def run(self, timeout: float | None = None) -> RunResult:
@@ -289,14 +290,14 @@ class VM:
 
     # ---- its state ----
 
-    def save(self) -> State:
+    def save_state(self) -> State:
         """All state but RAM, as plain data: vCPUs, interrupt controllers, timer, clock, devices. Pause first."""
         from pyvmm.machine import saved
 
         self._life.require_still("its state can be saved")
         return saved.save(self._fd, self.vcpus, self._board, self.memory.size, self._msrs())
 
-    def restore(self, state: State) -> None:
+    def restore_state(self, state: State) -> None:
         """Puts a saved state into this VM, of the same shape and not started; RAM is the caller's to copy.
 
         Raises StateError where it does not fit; the VM must not be started then.
@@ -308,6 +309,40 @@ class VM:
             raise LifecycleError("a state goes into a VM that has not started")
         saved.restore(self._fd, self.vcpus, self._board, self.memory.size, state)
         self._image_path = self._image_path or "restored state"
+
+    def snapshot(
+        self, path: str, *, block_size: int | str = "64K", codec: str = "raw", progress: Progress_ | None = None
+    ) -> None:
+        """Writes all of the VM into a file, from which `VM.restore(path)` makes another that goes on just there.
+
+        A VM that runs is paused meanwhile. block_size: bytes stored together, 16K to 2M; codec: raw, lz4 or zstd;
+        progress: told (bytes of RAM done, of how many). Raises BadInput, HostError (such as for a full disk: what had
+        the name before is then still there), FetchError.
+        """
+        from pyvmm.machine import checkpoint
+
+        self._life.require_open()
+        was_running = self.started and not self.paused and not self.ended
+        if was_running:
+            self.pause()
+        try:
+            checkpoint.write(self.memory, self.save_state(), path, parse_size(block_size), codec, progress)
+        finally:
+            if was_running:
+                self.resume()
+
+    @classmethod
+    def restore(
+        cls, path: str, pages: Pages = "auto", output: Callable[[bytes], None] | None = None,
+        progress: Progress_ | None = None,
+    ) -> VM:  # fmt: skip
+        """A new VM from a snapshot file, all of its RAM read, not started: start() or run() goes on where it was saved.
+
+        pages, output: as of VM(). Raises SnapshotError for a file that is damaged, foreign or of another version.
+        """
+        from pyvmm.machine import checkpoint
+
+        return checkpoint.read(cls, path, pages, output, progress)
 
     # ---- what it writes ----
 

@@ -376,7 +376,7 @@ def test_pages_from_a_file_come_when_they_are_touched(vm, way):
     """A guest at work goes on in another VM, none of whose RAM is there when it starts."""
     first = working(vm, append="order=random zeros=50", pages="2m")
     first.pause()
-    state = first.save()
+    state = first.save_state()
     shelf = Shelf()
     ram = first.memory.read(Gpa(0), first.memory.size)
     shelf.pages = {
@@ -389,7 +389,7 @@ def test_pages_from_a_file_come_when_they_are_touched(vm, way):
     engine.set_home("file", shelf)
     engine.assign(0, 16 * BLOCK, "file", locator=0)
     assert away(second) == 16 * BLOCK
-    second.restore(state)
+    second.restore_state(state)
     second.start()
     passes(second)
     judge(second)

@@ -256,8 +256,8 @@ USES = {
     "set_regs": lambda vm: vm.set_regs(0, rax=1),
     "stats": lambda vm: vm.stats(),
     "mappings": lambda vm: vm.mappings(),
-    "save": lambda vm: vm.save(),
-    "restore": lambda vm: vm.restore(None),
+    "save_state": lambda vm: vm.save_state(),
+    "restore_state": lambda vm: vm.restore_state(None),
     "single_step": lambda vm: vm.single_step(1, print),
     "trace": lambda vm: vm.trace(),
 }
@@ -300,9 +300,9 @@ OUT_OF_ORDER = {
     "load twice": (lambda vm: (vm.load("hello"), vm.load("hello")), "has its guest already"),
     "resume twice": (lambda vm: (vm.load("timer"), vm.start(), vm.pause(), vm.resume(), vm.resume()), "not paused"),
     "registers while it runs": (lambda vm: (vm.load("faults", "kind=hang"), vm.start(), vm.regs()), "running: pause"),
-    "save while it runs": (lambda vm: (vm.load("faults", "kind=hang"), vm.start(), vm.save()), "running: pause"),
+    "save while it runs": (lambda vm: (vm.load("faults", "kind=hang"), vm.start(), vm.save_state()), "running: pause"),
     "step while it runs": (lambda vm: (vm.load("timer"), vm.start(), vm.single_step(1, print)), "before start"),
-    "restore while it runs": (lambda vm: (vm.load("timer"), vm.start(), vm.restore(None)), "has not started"),
+    "restore while it runs": (lambda vm: (vm.load("timer"), vm.start(), vm.restore_state(None)), "has not started"),
 }
 
 

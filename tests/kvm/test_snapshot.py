@@ -24,7 +24,7 @@ pytestmark = needs("kvm")
 
 def save(path, machine, codec=AVAILABLE[-1], parent=None, runs=None):
     """All RAM of a paused VM, or some pages of it; returns the state saved with it, as another has another clock."""
-    memory, state = machine.memory, machine.save()
+    memory, state = machine.memory, machine.save_state()
     with Writer(str(path), memory.size, codec=codec, parent=parent) as writer:
         for region in memory.regions:
             first = region.offset // PAGE_SIZE
@@ -41,7 +41,7 @@ def load(vm, path, **options):
     with Snapshot.open(str(path)) as snapshot:
         target = vm(memory=snapshot.memory_size, **options)
         snapshot.load_into(target.memory)
-        target.restore(snapshot.states)
+        target.restore_state(snapshot.states)
     return target
 
 

@@ -40,7 +40,7 @@ def moved(vm, source, **options):
     """A new VM that is what the paused `source` is."""
     target = vm(memory=source.memory.size, cpus=len(source.vcpus), **options)
     copy_ram(source, target)
-    target.restore(source.save())
+    target.restore_state(source.save_state())
     return target
 
 
@@ -135,7 +135,7 @@ def test_the_state_of_a_vm_that_never_ran(vm):
 def test_saving_changes_nothing(vm):
     machine = start(vm, "smp", "count=0", cpus=2)
     machine.pause()
-    first, second = machine.save(), machine.save()
+    first, second = machine.save_state(), machine.save_state()
     for state in (first, second):
         del state.fields["clock"]  # goes on
         for vcpu in state.parts("vcpus"):
@@ -146,11 +146,11 @@ def test_saving_changes_nothing(vm):
 def test_kvmclock_goes_on_from_where_it_was(vm):
     machine = start(vm, "smp", "count=0")
     machine.pause()
-    state = machine.save()
+    state = machine.save_state()
     target = vm()
-    target.restore(state)
+    target.restore_state(state)
     begin = time.monotonic_ns()
-    later = target.save().integer("clock")
+    later = target.save_state().integer("clock")
     assert 0 <= later - state.integer("clock") < time.monotonic_ns() - begin + 1_000_000_000
 
 
@@ -164,7 +164,7 @@ def good():
         machine.load("smp", "count=0")
         machine.start()
         machine.pause()
-        return machine.save()
+        return machine.save_state()
 
 
 def paths(state, at=()):
@@ -214,7 +214,7 @@ def test_each_field_damaged_is_refused(vm, good, damage):
         if state == good:
             continue
         try:
-            machine.restore(state)
+            machine.restore_state(state)
         except StateError as error:
             sentences.append(str(error))
         else:
@@ -242,7 +242,7 @@ def test_another_state_is_refused_by_name(vm, good, name):
     state = copy.deepcopy(good)
     change(state)
     with pytest.raises(StateError, match=words):
-        vm(memory="4M", cpus=2).restore(state)
+        vm(memory="4M", cpus=2).restore_state(state)
 
 
 @pytest.mark.parametrize("name", ["sregs", "regs", "xcrs", "xsave", "lapic", "debugregs", "events", "pit", "irqchips"])
@@ -255,7 +255,7 @@ def test_rubbish_of_the_right_size_never_harms_us(vm, good, name, byte):
     fields[name] = [bytes([byte]) * len(old[0])] * 3 if isinstance(old, list) else bytes([byte]) * len(old)
     machine = vm(memory="4M", cpus=2)
     try:
-        machine.restore(state)
+        machine.restore_state(state)
     except StateError:
         return
     with suppress(GuestCrash):

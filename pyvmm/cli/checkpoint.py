@@ -1,0 +1,46 @@
+# checkpoint.py: `pyvmm run --snapshot FILE [--snapshot-at CONDITION]`. Units: the guest's own of work, seconds.
+"""`Condition`: when to save. `save_when`: waits for it, and saves."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from pyvmm.errors import BadInput
+from pyvmm.layout import format_size
+from pyvmm.machine import VM
+
+_LOOK_SECONDS = 0.005
+"""From one look at the guest's progress to the next."""
+
+
+class Condition:
+    """`progress>=N` of the guest's work, `seconds>=S` since its start, or None: when it has ended. Raises BadInput."""
+
+    def __init__(self, text: str | None) -> None:
+        name, found, number = (text or "").partition(">=")
+        try:
+            self.limit = float(number) if found else 0.0
+        except ValueError:
+            self.limit = -1.0
+        self.what = name.strip()
+        if text is not None and (self.what not in ("progress", "seconds") or not 0 <= self.limit < 1e18):
+            raise BadInput(f"--snapshot-at {text!r}: give progress>=N or seconds>=S, such as 'progress>=10000'")
+
+    def holds(self, vm: VM, seconds: float) -> bool:
+        """Is it so?"""
+        if self.what == "progress":
+            return vm.progress().count >= self.limit
+        return self.what == "seconds" and seconds >= self.limit
+
+
+def save_when(vm: VM, condition: Condition, path: str, timeout: float | None) -> None:
+    """Saves once the condition holds, or the guest has ended or run for `timeout` seconds without that."""
+    begin = time.monotonic()
+    while not condition.holds(vm, seconds := time.monotonic() - begin):
+        if vm.wait(_LOOK_SECONDS).reason != "timeout" or (timeout is not None and seconds >= timeout):
+            break
+    began = time.perf_counter()
+    vm.snapshot(path)
+    work = f"progress {vm.progress().count:,}, {format_size(vm.memory.size)}"
+    print(f"pyvmm: {path}: {work}, in {(time.perf_counter() - began) * 1e3:.0f} ms", file=sys.stderr)

@@ -1,0 +1,21 @@
+# restore.py: `pyvmm restore FILE`: a guest goes on from a snapshot file, as `pyvmm run` would have it.
+"""The command. All of the file is read before the guest runs."""
+
+from __future__ import annotations
+
+from pyvmm.cli.run import Watched
+from pyvmm.machine import VM
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pyvmm.cli.parse import Arguments
+
+
+class _Restored(Watched):
+    def make(self) -> VM:
+        return VM.restore(self.args.file, self.args.pages)
+
+
+def run(args: Arguments) -> int:
+    """The command: the guest's status, as for `run`; 2 for a file that cannot be restored."""
+    return _Restored(args).run()

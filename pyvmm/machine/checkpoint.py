@@ -1,0 +1,64 @@
+# checkpoint.py: a VM into a snapshot file and out of one (pyvmm.snapshot has the file). Units: bytes, pages of 4 KiB.
+"""`write` and `read`: RAM, states and which blocks were large, together."""
+
+from __future__ import annotations
+
+from pyvmm.errors import SnapshotError, StateError
+from pyvmm.layout import BLOCK_SIZE, PAGE_SIZE
+from pyvmm.snapshot import Snapshot
+from pyvmm.snapshot.writer import Writer
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pyvmm.machine.machine import VM
+    from pyvmm.memory import GuestMemory
+    from pyvmm.memory.space import Pages
+    from pyvmm.snapshot.reader import Progress
+    from pyvmm.state import State
+
+_BLOCK_PAGES = BLOCK_SIZE // PAGE_SIZE
+_BLOCKS = 32
+"""Blocks that are copied at a time: 64 MiB."""
+
+
+def write(memory: GuestMemory, state: State, path: str, block_size: int, codec: str, progress: Progress | None) -> None:
+    """All RAM of a VM that stands still, by address, with the state that belongs to it."""
+    looks = None if memory.hugetlb else memory.engine.looks()
+    blocks = -(-memory.size // BLOCK_SIZE)
+    with Writer(path, memory.size, block_size, codec) as writer:
+        for first in range(0, blocks, _BLOCKS):
+            for block in range(first, min(first + _BLOCKS, blocks)):
+                if looks is None or looks[block] not in ("untouched", "zero"):
+                    _add(writer, memory, block)
+            if progress is not None:
+                progress(min((first + _BLOCKS) * BLOCK_SIZE, memory.size), memory.size)
+        large = range(blocks) if looks is None else (b for b, look in enumerate(looks) if look == "large")
+        writer.finish(state, large)
+
+
+def _add(writer: Writer, memory: GuestMemory, block: int) -> None:
+    first = block * _BLOCK_PAGES
+    size = min(BLOCK_SIZE, memory.size - block * BLOCK_SIZE)
+    with memory.view(memory.gpa_of(first), size) as view:
+        writer.add_pages([(first, size // PAGE_SIZE)], view)
+
+
+def read(
+    build: type[VM], path: str, pages: Pages, output: Callable[[bytes], None] | None, progress: Progress | None
+) -> VM:
+    """A VM of the shape that the file tells, with all RAM read."""
+    with Snapshot.open(path) as snapshot:
+        try:
+            cpus = len(snapshot.states.require("vm", 1) and snapshot.states.parts("vcpus"))
+        except StateError as error:
+            raise SnapshotError(f"{snapshot.name}: {error}") from None
+        vm = build(memory=snapshot.memory_size, cpus=cpus, pages=pages, output=output)
+        try:
+            snapshot.load_into(vm.memory, progress)
+            vm.restore_state(snapshot.states)
+        except BaseException:
+            vm.close()
+            raise
+    return vm

@@ -1,0 +1,174 @@
+# test_checkpoint.py: vm.snapshot(path) and VM.restore(path): a guest goes on in another VM, and its memory is the same.
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+import pyvmm as package
+from pyvmm import VM, BadInput, Snapshot
+from pyvmm.errors import LifecycleError, SnapshotError
+from pyvmm.layout import BLOCK_SIZE, MIB
+from pyvmm.pytest_plugin import needs
+from pyvmm.testing.verify_model import check_memory, ram_hash
+
+pytestmark = needs("kvm", "uffd_guest")
+
+GUESTS = [
+    ("verify", "order=random zeros=100", 1),
+    ("verify", "", 4),
+    ("smp", "count=8M", 4),
+    ("timer", "ticks=400", 1),
+    ("timer", "ticks=400 mode=oneshot", 4),
+]
+
+
+@pytest.fixture
+def restored():
+    made = []
+
+    def make(path, **options):
+        made.append(VM.restore(str(path), **options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+@pytest.mark.parametrize("pages", ["2m", "4k"])
+@pytest.mark.parametrize(("guest", "append", "cpus"), GUESTS)
+def test_a_guest_goes_on(vm, restored, tmp_path, guest, append, cpus, pages):
+    source = vm(memory="64M", cpus=cpus, pages=pages)
+    source.load(guest, append)
+    source.start()
+    while source.progress().count == 0:
+        os.sched_yield()
+    source.pause()
+    assert not source.ended, "the guest was too quick to be saved at work"
+    source.snapshot(str(tmp_path / "s"), codec="raw")
+    target = restored(tmp_path / "s", pages=pages)
+    assert ram_hash(target.memory) == ram_hash(source.memory)
+    if guest == "verify":
+        before = target.progress().count
+        target.run(timeout=0.5)
+        assert target.progress().count > before
+        assert target.progress().status == "running"
+        zeros = 100 if "zeros" in append else 0
+        order = "random" if "random" in append else "seq"
+        assert check_memory(target.memory, target.progress(), zeros=zeros, order=order) == []
+    else:
+        assert target.run(timeout=20).ok
+        assert "SUCCESS" in target.printed
+
+
+@needs("large_mappings")
+def test_large_pages_are_large_again(vm, restored, tmp_path):
+    source = vm(memory="64M", pages="2m")
+    source.load("verify", "zeros=100")
+    source.run(timeout=0.5)
+    source.snapshot(str(tmp_path / "s"))
+    with Snapshot.open(str(tmp_path / "s")) as snapshot:
+        assert len(snapshot.large) >= 31
+    target = restored(tmp_path / "s", pages="2m")
+    passes = target.progress().passes + 2
+    while target.progress().passes < passes:
+        target.run(timeout=0.05)
+    assert target.mappings()["pages_2m"] >= source.mappings()["pages_2m"] == 31
+
+
+def test_a_guest_that_runs_is_paused_meanwhile_and_goes_on(vm, restored, tmp_path):
+    source = vm(memory="32M")
+    source.load("verify")
+    source.start()
+    while source.progress().passes < 1:
+        threading.Event().wait(0.01)
+    source.snapshot(str(tmp_path / "s"))
+    assert not source.paused
+    count = source.progress().count
+    while source.progress().count == count:
+        threading.Event().wait(0.001)
+    source.pause()
+    target = restored(tmp_path / "s")
+    target.run(timeout=0.2)
+    for machine in (source, target):
+        assert check_memory(machine.memory, machine.progress()) == []
+
+
+def test_what_is_away_is_saved_too(vm, restored, tmp_path):
+    source = vm(memory="32M")
+    source.load("verify")
+    source.run(timeout=0.5)
+    before = ram_hash(source.memory)
+    source.memory.engine.remove(512, 10 * 512)
+    source.snapshot(str(tmp_path / "s"))
+    assert ram_hash(restored(tmp_path / "s").memory) == before
+
+
+def test_memory_that_was_never_touched_takes_no_room(vm, tmp_path):
+    source = vm(memory="8G")
+    source.load("hello")
+    source.run(timeout=10)
+    source.snapshot(str(tmp_path / "s"))
+    assert os.path.getsize(tmp_path / "s") < 40 * MIB  # maps: 4 + 8 bytes a page
+    assert source.memory.pages().large * 4096 < 8 * BLOCK_SIZE  # nor was it populated
+
+
+def test_what_cannot_be(vm, tmp_path):
+    source = vm(memory="4M")
+    with pytest.raises(BadInput, match="storage blocks of 4K"):
+        source.snapshot(str(tmp_path / "s"), block_size="4K")
+    with pytest.raises(BadInput, match="codec"):
+        source.snapshot(str(tmp_path / "s"), codec="best")
+    assert os.listdir(tmp_path) == []
+    with pytest.raises(SnapshotError, match="No such file"):
+        VM.restore(str(tmp_path / "s"))
+    (tmp_path / "s").write_bytes(b"x" * 8192)
+    with pytest.raises(SnapshotError, match="s: "):
+        VM.restore(str(tmp_path / "s"))
+    source.close()
+    with pytest.raises(LifecycleError, match="closed"):
+        source.snapshot(str(tmp_path / "t"))
+
+
+# ---- as a user meets it ----
+
+
+def pyvmm(*arguments):
+    environment = os.environ | {"PYTHONPATH": str(Path(package.__file__).parents[1])}
+    command = [sys.executable, "-m", "pyvmm", *arguments]
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=50, env=environment)
+
+
+def test_run_writes_a_snapshot_and_restore_goes_on(tmp_path):
+    path = str(tmp_path / "s")
+    done = pyvmm("run", "verify", "--append", "passes=20", "--snapshot", path, "--snapshot-at", "progress>=20000")
+    assert (done.returncode, done.stdout.splitlines()[0]) == (0, "verify: 15872 pages, 1 CPU")
+    assert done.stderr.startswith(f"pyvmm: {path}: progress ")
+    with VM.restore(path) as vm:
+        assert 20000 <= vm.progress().count < 20 * 15872
+    done = pyvmm("restore", path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("SUCCESS: ")  # the rest: the first line was printed before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["run", "hello", "--snapshot-at", "seconds>=1"], "--snapshot-at says when, --snapshot FILE must say where to"),
+        (["run", "hello", "--snapshot", "s", "--snapshot-at", "noon"], "--snapshot-at 'noon': give progress>=N or"),
+        (["run", "hello", "--snapshot", "/nowhere/s"], "/nowhere"),
+        (["restore", "/nowhere/s"], "/nowhere/s: No such file or directory"),
+        (["restore", __file__], "test_checkpoint.py: "),
+    ],
+)
+def test_bad_input(arguments, line):
+    done = pyvmm(*arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith("pyvmm: ")
+    assert line in done.stderr
+    assert done.stderr.count("\n") == 1
