@@ -99,6 +99,26 @@ struct pv_home {
     void *self;
 };
 
+/* ---- filehome.c: pages of a snapshot file and of those that it builds on ---- */
+
+#define PV_FILE_CHAIN 33 /* a snapshot and 32 ancestors */
+
+struct pv_snapshot;
+struct pv_engine;
+
+struct pv_file_home {
+    const struct pv_snapshot *file[PV_FILE_CHAIN]; /* the youngest first */
+    uint32_t files;
+    uint64_t reads, bytes_read; /* storage blocks, and their stored bytes */
+};
+
+/* fetch of a struct pv_home whose self is a struct pv_file_home. -EBADMSG, -EILSEQ, -ENODATA, -EUCLEAN for a file that is
+ * damaged, or an errno of pread. */
+int pv_file_fetch(void *self, uint64_t page, uint32_t count, const uint64_t *words, uint8_t *to) PV_CHECKED;
+/* Gives every page of RAM that nobody has touched the home that the file says: FILE or ZERO. -EEXIST where one has been
+ * touched, errors as above; what was given a home before has it. */
+int pv_file_assign(struct pv_engine *engine, const struct pv_file_home *home) PV_CHECKED;
+
 struct pv_failure {
     uint64_t page;
     uint32_t home;
@@ -112,7 +132,6 @@ struct pv_failure {
 #define PV_LOOK_SMALL 2
 #define PV_LOOK_AWAY 3 /* + home: ZERO is 4, ASIDE 5, ... */
 
-struct pv_engine;
 
 /* Makes the page map of RAM: `size` bytes at `ram`; 0 and *out, or -errno. small_blocks: so many blocks at the start
  * are small from the beginning (all of them: UINT64_MAX). No userfaultfd and no thread before pv_engine_equip. */

@@ -91,6 +91,8 @@ COMMANDS = (
         "run a guest on from a snapshot file",
         "restore",
         Option("file", "a snapshot", metavar="FILE"),
+        Option("--lazy", "run at once, and read RAM when it is touched", bool),
+        Option("--fill", "with --lazy: bring all the rest meanwhile, or none", default="all", choices=("all", "none")),
         _PAGES,
         Option("--timeout", "end the guest then, with status 124", float, metavar="SECONDS"),
         Option("--stats", "print exits, mappings and rates at the end", bool),

@@ -1,5 +1,5 @@
 # restore.py: `pyvmm restore FILE`: a guest goes on from a snapshot file, as `pyvmm run` would have it.
-"""The command. All of the file is read before the guest runs."""
+"""The command. All of the file is read before the guest runs, or with --lazy when it is touched."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 class _Restored(Watched):
     def make(self) -> VM:
-        return VM.restore(self.args.file, self.args.pages)
+        args = self.args
+        return VM.restore(args.file, lazy=args.lazy, fill=args.fill == "all", pages=args.pages)
 
 
 def run(args: Arguments) -> int:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from pyvmm.errors import SnapshotError, StateError
 from pyvmm.layout import BLOCK_SIZE, PAGE_SIZE
 from pyvmm.snapshot import Snapshot
+from pyvmm.snapshot.lazy import FileHome
 from pyvmm.snapshot.writer import Writer
 
 TYPE_CHECKING = False
@@ -46,19 +47,42 @@ def _add(writer: Writer, memory: GuestMemory, block: int) -> None:
 
 
 def read(
-    build: type[VM], path: str, pages: Pages, output: Callable[[bytes], None] | None, progress: Progress | None
+    build: type[VM],
+    path: str,
+    lazy: bool,
+    fill: bool,
+    pages: Pages,
+    output: Callable[[bytes], None] | None,
+    progress: Progress | None,
 ) -> VM:
-    """A VM of the shape that the file tells, with all RAM read."""
-    with Snapshot.open(path) as snapshot:
-        try:
-            cpus = len(snapshot.states.require("vm", 1) and snapshot.states.parts("vcpus"))
-        except StateError as error:
-            raise SnapshotError(f"{snapshot.name}: {error}") from None
+    """A VM of the shape that the file tells; its RAM read, or to be read when it is touched."""
+    snapshot = Snapshot.open(path)
+    try:
+        cpus = _cpus(snapshot)
         vm = build(memory=snapshot.memory_size, cpus=cpus, pages=pages, output=output)
         try:
-            snapshot.load_into(vm.memory, progress)
+            if lazy:
+                home = FileHome(snapshot, vm.memory)
+                vm.memory.keep(home.close)
+            else:
+                snapshot.load_into(vm.memory, progress)
             vm.restore_state(snapshot.states)
+            if lazy and fill:
+                home.fill(vm.hold)
         except BaseException:
             vm.close()
             raise
+    except BaseException:
+        snapshot.close()
+        raise
+    if not lazy:
+        snapshot.close()
     return vm
+
+
+def _cpus(snapshot: Snapshot) -> int:
+    try:
+        snapshot.states.require("vm", 1)
+        return len(snapshot.states.parts("vcpus"))
+    except StateError as error:
+        raise SnapshotError(f"{snapshot.name}: {error}") from None

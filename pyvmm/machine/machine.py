@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from pyvmm.devices.serial import Serial
+    from pyvmm.errors import PyvmmError
     from pyvmm.image.symbols import Symbols
     from pyvmm.memory.engine import Engine
     from pyvmm.memory.space import Pages
@@ -333,16 +334,28 @@ class VM:
 
     @classmethod
     def restore(
-        cls, path: str, pages: Pages = "auto", output: Callable[[bytes], None] | None = None,
+        cls,
+        path: str,
+        *,
+        lazy: bool = False,
+        fill: bool = True,
+        pages: Pages = "auto",
+        output: Callable[[bytes], None] | None = None,
         progress: Progress_ | None = None,
-    ) -> VM:  # fmt: skip
-        """A new VM from a snapshot file, all of its RAM read, not started: start() or run() goes on where it was saved.
+    ) -> VM:
+        """A new VM from a snapshot file, not started: start() or run() goes on where it was saved.
 
-        pages, output: as of VM(). Raises SnapshotError for a file that is damaged, foreign or of another version.
+        lazy: RAM is read when it is touched, and the rest meanwhile unless `fill` is False; else all of it now.
+        pages, output: as of VM(). Raises SnapshotError for a file that is damaged, foreign or of another version; where
+        a block is found damaged only later, the VM is paused and wait() raises FetchError.
         """
         from pyvmm.machine import checkpoint
 
-        return checkpoint.read(cls, path, pages, output, progress)
+        return checkpoint.read(cls, path, lazy, fill, pages, output, progress)
+
+    def hold(self, trouble: PyvmmError) -> None:
+        """Pauses the VM because of something that wait() is to raise; resume() lets it try."""
+        self._life.hold(trouble)
 
     # ---- what it writes ----
 
@@ -383,7 +396,7 @@ class VM:
         from pyvmm.host import has
 
         engine.has = has
-        engine.on_failure = self._life.hold
+        engine.on_failure = self.hold
         for vcpu in self.vcpus:
             engine.attach_vcpu(vcpu.native)
 

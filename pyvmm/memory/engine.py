@@ -20,12 +20,20 @@ from pyvmm.memory.uffd import open_uffd
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Literal
+    from typing import Literal, Protocol
 
     import numpy as np
     from numpy.typing import NDArray
 
     from pyvmm._native import CData
+
+    class NativeHome(Protocol):
+        """A home in C. struct: its struct pv_home *; explain: what an errno of its fetch means."""
+
+        struct: CData
+
+        def explain(self, number: int) -> str: ...
+
 
 BLOCK_PAGES = BLOCK_SIZE // PAGE_SIZE
 _WHAT = {"aside": lib.PV_REMOVE_ASIDE, "zero": lib.PV_REMOVE_ZERO}
@@ -50,6 +58,7 @@ class Engine:
         self._equipping = threading.Lock()
         self._watcher: threading.Thread | None = None
         self._homes: dict[int, tuple[Home, Native]] = {}
+        self._native_homes: dict[int, NativeHome] = {}
         self._vcpus: list[CData] = []
         self.has: Callable[[str], bool] = lambda feature: True
         """Does the host have a feature (pyvmm.host.Feature)? Without "uffd_move" pages are copied."""
@@ -119,6 +128,8 @@ class Engine:
     def _fetch_error(self, page: int, home: int, number: int) -> FetchError:
         cause = self._homes[home][0].error if home in self._homes else None
         text = f"{errno.errorcode.get(number, number)}, {os.strerror(number)}"
+        if home in self._native_homes:
+            text = self._native_homes[home].explain(number)
         if cause is not None and not isinstance(cause, OSError):
             text += f" ({type(cause).__name__}: {cause})"
         what = f"{self.name_page(page)} cannot be brought back from its home '{HOMES[home]}': {text}"
@@ -169,9 +180,18 @@ class Engine:
         number = self._home_number(name)
         native = Native(home)
         self._homes[number] = (home, native)
+        self._serve(number, native.struct)
+
+    def set_native_home(self, name: str, home: NativeHome) -> None:
+        """The same for a home in C; it is kept as long as the engine."""
+        number = self._home_number(name)
+        self._native_homes[number] = home
+        self._serve(number, home.struct)
+
+    def _serve(self, number: int, struct: CData) -> None:
         handle = self._enter()
         try:
-            lib.pv_engine_home(handle, number, native.struct)
+            lib.pv_engine_home(handle, number, struct)
         finally:
             self._leave()
 

@@ -59,6 +59,7 @@ class GuestMemory:
         self.on_engine: Callable[[Engine], None] = lambda engine: None
         """Called with the engine when it is first asked for."""
         self._engine: Engine | None = None
+        self._kept: list[Callable[[], object]] = []
         self._making = threading.Lock()
         self.on_write: Callable[[int, int], None] | None = None
         self._views: dict[int, _View] = {}
@@ -69,7 +70,13 @@ class GuestMemory:
     def close(self) -> None:
         """Gives the memory back as soon as no view of it is left. Any later access raises MemoryAccessError."""
         self.close_engine()
+        while self._kept:
+            self._kept.pop()()
         self._base = None
+
+    def keep(self, close: Callable[[], object]) -> None:
+        """Has something called when the memory is closed, after the engine's end: what a home needs until then."""
+        self._kept.append(close)
 
     def close_engine(self) -> None:
         """Ends the engine: what is away is lost, so that nothing may run in the guest any more."""

@@ -1,5 +1,5 @@
 # results.py: what the C side's -errno means where a snapshot is read or written, in words.
-"""`read_check()`, `write_check()`, `require_codec()`."""
+"""`read_check()`, `write_check()`, `reason()`, `require_codec()`."""
 
 from __future__ import annotations
 
@@ -42,6 +42,12 @@ def read_check(result: int, name: str, what: str, codec: str) -> None:
     if (text := _DAMAGED.get(-result)) is not None:
         raise SnapshotError(f"{name}: {text.format(what=what)}")
     raise HostError(f"{name}: cannot read {what}: {os.strerror(-result)}")
+
+
+def reason(number: int) -> str:
+    """What a positive errno of reading a storage block says, in words."""
+    text = _DAMAGED.get(number)
+    return os.strerror(number) if text is None else text.format(what="a storage block")
 
 
 def write_check(result: int, name: str) -> None:

@@ -11,10 +11,14 @@ import pytest
 
 import pyvmm as package
 from pyvmm import VM, BadInput, Snapshot
-from pyvmm.errors import LifecycleError, SnapshotError
+from pyvmm.errors import FetchError, LifecycleError, SnapshotError
 from pyvmm.layout import BLOCK_SIZE, MIB
 from pyvmm.pytest_plugin import needs
+from pyvmm.snapshot.writer import Writer
 from pyvmm.testing.verify_model import check_memory, ram_hash
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+from snapshot_files import AVAILABLE
 
 pytestmark = needs("kvm", "uffd_guest")
 
@@ -66,15 +70,102 @@ def test_a_guest_goes_on(vm, restored, tmp_path, guest, append, cpus, pages):
         assert "SUCCESS" in target.printed
 
 
+@pytest.mark.parametrize("fill", [True, False])
+@pytest.mark.parametrize("pages", ["2m", "4k"])
+@pytest.mark.parametrize(("guest", "append", "cpus"), GUESTS)
+def test_a_guest_goes_on_before_its_memory_is_read(vm, restored, tmp_path, guest, append, cpus, pages, fill):
+    source = vm(memory="64M", cpus=cpus, pages=pages)
+    source.load(guest, append)
+    source.start()
+    while source.progress().count == 0:
+        os.sched_yield()
+    source.pause()
+    source.snapshot(str(tmp_path / "s"), codec=AVAILABLE[-1])
+    target = restored(tmp_path / "s", lazy=True, fill=fill, pages=pages)
+    if guest == "verify":
+        passes = target.progress().passes + 2
+        while target.progress().passes < passes:
+            target.run(timeout=0.05)
+        assert target.progress().status == "running"
+        zeros, order = 100 if "zeros" in append else 0, "random" if "random" in append else "seq"
+        assert check_memory(target.memory, target.progress(), zeros=zeros, order=order) == []
+    else:
+        assert target.run(timeout=20).ok
+        assert "SUCCESS" in target.printed
+
+
+@pytest.mark.parametrize("fill", [True, False])
+def test_lazily_restored_memory_is_the_same(vm, restored, tmp_path, fill):
+    source = vm(memory="66M", cpus=2)
+    source.load("verify", "zeros=200")
+    source.run(timeout=0.5)
+    source.snapshot(str(tmp_path / "s"), block_size="16K")
+    assert ram_hash(restored(tmp_path / "s", lazy=True, fill=fill).memory) == ram_hash(source.memory)
+
+
+def test_a_chain_is_read_lazily(vm, restored, tmp_path):
+    source = vm(memory="64M")
+    source.load("verify")
+    source.run(timeout=0.3)
+    with source.trace("coarse") as trace:
+        trace.collect()
+        source.snapshot(str(tmp_path / "0"))
+        source.run(timeout=0.2)
+        with (
+            Snapshot.open(str(tmp_path / "0")) as parent,
+            Writer(str(tmp_path / "1"), source.memory.size, parent=parent) as writer,
+        ):
+            for first, count in trace.collect():
+                data = source.memory.read(source.memory.gpa_of(first), count * 4096)
+                writer.add_pages([(first, count)], data)
+            writer.finish(source.save_state())
+    target = restored(tmp_path / "1", lazy=True, fill=False)
+    assert ram_hash(target.memory) == ram_hash(source.memory)
+    target.run(timeout=0.3)
+    assert check_memory(target.memory, target.progress()) == []
+
+
+@pytest.mark.parametrize("fill", [True, False])
+def test_a_damaged_block_pauses_the_vm(vm, restored, tmp_path, fill):
+    """The guest must not see a wrong byte: it waits, and whoever waits for it is told why. Mended, it goes on."""
+    path = tmp_path / "s"
+    source = vm(memory="32M")
+    source.load("verify", "order=random")
+    source.run(timeout=0.3)
+    source.snapshot(str(path))
+    with Snapshot.open(str(path)) as snapshot:
+        at = snapshot.header.sections["states"].offset // 2 // 4096 * 4096 + 17  # in the midst of the storage blocks
+    with open(path, "r+b") as file:
+        file.seek(at)
+        byte = file.read(1)
+        file.seek(at)
+        file.write(bytes([byte[0] ^ 1]))
+    target = restored(path, lazy=True, fill=fill)
+    with pytest.raises(
+        FetchError, match=r"gfn 0x[0-9a-f]+ cannot be .* 'file': .*s: damaged: the checksum of a storage"
+    ):
+        target.run(timeout=20)
+    assert target.paused
+    assert target.progress().status == "running"
+    with open(path, "r+b") as file:
+        file.seek(at)
+        file.write(byte)
+    passes = target.progress().passes + 2
+    while target.progress().passes < passes:
+        target.run(timeout=0.05)
+    assert check_memory(target.memory, target.progress(), order="random") == []
+
+
 @needs("large_mappings")
-def test_large_pages_are_large_again(vm, restored, tmp_path):
+@pytest.mark.parametrize("lazy", [False, True])
+def test_large_pages_are_large_again(vm, restored, tmp_path, lazy):
     source = vm(memory="64M", pages="2m")
     source.load("verify", "zeros=100")
     source.run(timeout=0.5)
     source.snapshot(str(tmp_path / "s"))
     with Snapshot.open(str(tmp_path / "s")) as snapshot:
         assert len(snapshot.large) >= 31
-    target = restored(tmp_path / "s", pages="2m")
+    target = restored(tmp_path / "s", pages="2m", lazy=lazy)
     passes = target.progress().passes + 2
     while target.progress().passes < passes:
         target.run(timeout=0.05)
