@@ -61,6 +61,7 @@ static void serve(struct pv_engine *engine, const struct uffd_msg *message, uint
     if (engine->page_words[page] & PV_PAGE_FAILED) {
         block_unlock(engine, block);
         (void)!usleep(FAILED_US);
+        note(engine, home, -EIO, message->arg.pagefault.feat.ptid, pv_now() - begin);
         return;
     }
     if (home != PV_HOME_PRESENT) {

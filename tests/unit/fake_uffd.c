@@ -442,6 +442,7 @@ static int touch(struct pv_engine *engine, uint64_t page, bool written)
 {
     for (int tries = 0; tries < 3; tries++) {
         uint64_t flags = written ? UFFD_PAGEFAULT_FLAG_WRITE : 0;
+        pv_engine_retry(engine); /* as resume() does: a page that failed is not fetched again before */
         if (areas[0].modes[page] && !there(ram_at(engine, page)))
             post(engine, page, flags);
         else if (written && areas[0].wp[page])
