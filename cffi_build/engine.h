@@ -186,6 +186,9 @@ void pv_engine_count(struct pv_engine *engine, uint64_t *by_home, int *armed);
 /* Present pages by the kernel's page tables: in large mappings, in small ones. looks: NULL, or PV_LOOK_* a block. */
 int pv_engine_look(struct pv_engine *engine, uint64_t *large, uint64_t *small, uint8_t *looks) PV_CHECKED;
 
+/* Which blocks may hold anything but zeros: one byte each, 1 or 0. Of a guest that stands still. */
+int pv_engine_holds(struct pv_engine *engine, uint8_t *blocks) PV_CHECKED;
+
 /* ---- coarse write traces (technique T7, US11995459B2) ---- */
 
 struct pv_trace_stats {

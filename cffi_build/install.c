@@ -6,10 +6,6 @@
 #include <sched.h>
 #include <string.h>
 
-#ifndef UFFDIO_COPY_MODE_WP
-#define UFFDIO_COPY_MODE_WP (1ull << 1)
-#endif
-
 #define COLLAPSE_NS 20000000ull /* until a page in use is one that stays so: nobody waits for the large page */
 
 /* ---- staging: a few blocks in which a large page is put together ---- */

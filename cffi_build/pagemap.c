@@ -191,6 +191,25 @@ int pv_engine_look(struct pv_engine *engine, uint64_t *large, uint64_t *small, u
     return error;
 }
 
+static void note_held(void *into, uint64_t page, uint64_t count, bool large)
+{
+    (void)large;
+    for (uint64_t block = page / PV_BLOCK_PAGES; block <= (page + count - 1) / PV_BLOCK_PAGES; block++)
+        ((uint8_t *)into)[block] = 1;
+}
+
+int pv_engine_holds(struct pv_engine *engine, uint8_t *blocks)
+{
+    memset(blocks, 0, engine->blocks);
+    int error = walk(engine, engine->ram, engine->pages, note_held, blocks);
+    for (uint64_t block = 0; !error && block < engine->blocks; block++)
+        for (uint32_t i = 0; !blocks[block] && block_away(engine, block) && i < pages_of_block(engine, block); i++) {
+            uint32_t home = page_home(engine, block * PV_BLOCK_PAGES + i);
+            blocks[block] = home != PV_HOME_PRESENT && home != PV_HOME_ZERO && home != PV_HOME_BALLOON;
+        }
+    return error;
+}
+
 void pv_engine_count(struct pv_engine *engine, uint64_t *by_home, int *armed)
 {
     uint64_t away = 0;

@@ -26,17 +26,17 @@ _BLOCKS = 32
 
 def write(memory: GuestMemory, state: State, path: str, block_size: int, codec: str, progress: Progress | None) -> None:
     """All RAM of a VM that stands still, by address, with the state that belongs to it."""
-    looks = None if memory.hugetlb else memory.engine.looks()
     blocks = -(-memory.size // BLOCK_SIZE)
+    holds = b"\1" * blocks if memory.hugetlb else memory.engine.holds()
+    looks = ["large"] * blocks if memory.hugetlb else memory.engine.looks()
     with Writer(path, memory.size, block_size, codec) as writer:
         for first in range(0, blocks, _BLOCKS):
             for block in range(first, min(first + _BLOCKS, blocks)):
-                if looks is None or looks[block] not in ("untouched", "zero"):
+                if holds[block]:
                     _add(writer, memory, block)
             if progress is not None:
                 progress(min((first + _BLOCKS) * BLOCK_SIZE, memory.size), memory.size)
-        large = range(blocks) if looks is None else (b for b, look in enumerate(looks) if look == "large")
-        writer.finish(state, large)
+        writer.finish(state, (block for block, look in enumerate(looks) if look == "large"))
 
 
 def _add(writer: Writer, memory: GuestMemory, block: int) -> None:

@@ -131,4 +131,4 @@ class EngineStats(Record):
 
 
 LOOKS = ("untouched", "large", "small", *HOMES)
-"""What most of a block's pages are, by number (PV_LOOK_*); "present" is never said."""
+"""How a block looks, by number (PV_LOOK_*); "present" is never said."""

@@ -269,7 +269,7 @@ class Engine:
         return PageCounts(self._pages, int(large[0]), int(small[0]), away, bool(armed[0]))
 
     def looks(self) -> list[str]:
-        """What most of each block's pages are: a word of LOOKS a block."""
+        """How each block looks, a word of LOOKS: its commonest home where half of it is away, else how it is mapped."""
         native = self._enter()
         try:
             large, small, looks = ffi.new("uint64_t *"), ffi.new("uint64_t *"), bytearray(self._blocks)
@@ -277,6 +277,13 @@ class Engine:
         finally:
             self._leave()
         return [LOOKS[look] for look in looks]
+
+    def holds(self) -> bytes:
+        """Of each block, 1 if it may hold anything but zeros, in the guest or in a home. The guest must stand still."""
+        blocks = bytearray(self._blocks)
+        result = self.call(lib.pv_engine_holds, ffi.from_buffer("uint8_t[]", blocks), equip=False)
+        check(result, "PAGEMAP_SCAN")
+        return bytes(blocks)
 
     def stats(self) -> EngineStats:
         """Faults, latencies, operations, since the beginning."""

@@ -200,6 +200,24 @@ def test_what_is_away_is_saved_too(vm, restored, tmp_path):
     assert ram_hash(restored(tmp_path / "s").memory) == before
 
 
+@pytest.mark.parametrize("backing", ["2m", "4k"])
+def test_blocks_of_which_most_is_nothing_are_saved_too(vm, restored, tmp_path, backing):
+    """A page of a block whose others are away as zeros, untouched, or in a home."""
+    source = vm(memory="16M", pages=backing)
+    memory, engine = source.memory, source.memory.engine
+    for block, page in ((1, 300), (2, 5), (3, 511)):
+        memory.write(memory.gpa_of(512 * block + page), b"here")
+    memory.zero(memory.gpa_of(512), 256 * 4096)
+    for block in (1, 3):
+        engine.break_(block)
+    engine.remove(512, 512, what="zero")
+    engine.remove(2 * 512, 512)
+    engine.remove(3 * 512 + 511, 1)
+    source.snapshot(str(tmp_path / "s"))
+    for lazy in (False, True):
+        assert ram_hash(restored(tmp_path / "s", lazy=lazy).memory) == ram_hash(memory)
+
+
 def test_memory_that_was_never_touched_takes_no_room(vm, tmp_path):
     source = vm(memory="8G")
     source.load("hello")
