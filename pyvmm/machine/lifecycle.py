@@ -60,11 +60,16 @@ class Lifecycle:
         return self._ended.is_set()
 
     def start(self, on_exit: Callable[[Vcpu], None]) -> None:
-        """Starts all vCPUs, each in its thread. Raises LifecycleError if they were started already."""
+        """Starts all vCPUs, each in its thread. Raises LifecycleError if they were started already, and what hold() was
+        told before, once: the next call tries."""
         with self._lock:
             self.require_open()
             if self.started:
                 raise LifecycleError("the VM was started already: a guest runs once")
+            trouble, self.trouble = self.trouble, None
+            if trouble is not None:
+                self._news.clear()
+                raise trouble
             self._alive = len(self._vcpus)
             for vcpu in self._vcpus:
                 vcpu.start(on_exit, self._on_thread_end)
@@ -74,7 +79,8 @@ class Lifecycle:
         return self._news.wait(timeout)
 
     def hold(self, trouble: PyvmmError) -> None:
-        """Pauses the VM, whatever it does, because it must not go on like this; resume() lets it try.
+        """Pauses the VM, whatever it does, because it must not go on like this; resume() lets it try. One that has not
+        started does not start: start() raises the trouble.
 
         A vCPU that KVM has waiting for a page, where no signal reaches it, does not park: it stands still as it is.
         """

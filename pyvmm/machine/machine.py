@@ -138,7 +138,10 @@ class VM:
         self._image_path = loader.guest_path(guest)
 
     def start(self) -> None:
-        """Starts all vCPUs, each in its thread, and returns at once."""
+        """Starts all vCPUs, each in its thread, and returns at once.
+
+        Raises FetchError where a page was found before that it cannot be brought; another start() tries.
+        """
         self._life.require_open()
         if not self._image_path:
             raise LifecycleError("the VM has no guest yet: load() one, or restore_state() a saved one")

@@ -10,7 +10,7 @@ from contextlib import suppress
 import pytest
 
 from pyvmm import VM, GuestCrash
-from pyvmm.errors import LifecycleError, MemoryAccessError
+from pyvmm.errors import HostError, LifecycleError, MemoryAccessError
 from pyvmm.pytest_plugin import needs
 
 pytestmark = needs("kvm")
@@ -320,3 +320,13 @@ def test_a_crash_stops_all_vcpus_and_is_told_each_time(vm):
             machine.wait(DEADLINE)
     assert machine.ended
     assert machine.regs().rip
+
+
+def test_trouble_before_the_start_is_raised_by_it_once(vm):
+    machine = vm(memory="4M")
+    machine.load("hello")
+    machine.hold(HostError("a disk has gone"))
+    with pytest.raises(HostError, match="a disk has gone"):
+        machine.run(timeout=10)
+    assert not machine.started
+    assert machine.run(timeout=10).ok
