@@ -6,13 +6,13 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 from pyvmm._native import ffi, lib
-from pyvmm.errors import BadInput, GuestCrash, LifecycleError
+from pyvmm.errors import BadInput, LifecycleError
 from pyvmm.kvm import Kvm
 from pyvmm.layout import PAGE_SIZE, Gpa, Hva, format_size, parse_size
 from pyvmm.machine import loader
 from pyvmm.machine.board import Board, Wires
 from pyvmm.machine.capture import Capture
-from pyvmm.machine.exits import EXIT_NAMES, Exits
+from pyvmm.machine.exits import Exits
 from pyvmm.machine.lifecycle import Crash, Lifecycle
 from pyvmm.machine.outcome import PROGRESS_SIZE, TIMED_OUT, Progress, RunResult
 from pyvmm.memory import GuestMemory
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
     from pyvmm.devices.serial import Serial
     from pyvmm.errors import PyvmmError
-    from pyvmm.image.symbols import Symbols
     from pyvmm.memory.engine import Engine
     from pyvmm.memory.space import Pages
     from pyvmm.memory.trace import Rings, Target, Trace
@@ -177,7 +176,10 @@ class VM:
         if isinstance(outcome, RunResult):
             return outcome
         if isinstance(outcome, Crash):
-            raise self._explained(outcome)
+            from pyvmm.machine import autopsy
+
+            self._life.require_open()
+            raise autopsy.explained(outcome, self.memory, self._image_path)
         assert outcome is not None
         raise outcome
 
@@ -240,23 +242,10 @@ class VM:
     def stats(self) -> dict[str, dict[str, int]]:
         """Counts: "exits" by KVM_EXIT_* in lower case (those handled in C too), "ports" and "mmio" that nobody claims
         (reads, writes), "kvm" and "vcpus": KVM's binary statistics, the vCPUs' summed up."""
+        from pyvmm.machine import figures
+
         self._life.require_open()
-        exits: dict[str, int] = {}
-        vcpus: dict[str, int] = {}
-        for vcpu in self.vcpus:
-            for reason, count in vcpu.exits().items():
-                name = EXIT_NAMES.get(reason, str(reason))
-                exits[name] = exits.get(name, 0) + count
-            for name, count in vcpu.fd.stats().items():
-                vcpus[name] = vcpus.get(name, 0) + count
-        unknown = self._board.mmio.unknown.values()
-        return {
-            "exits": exits,
-            "ports": {"reads": sum(self._ports.reads), "writes": sum(self._ports.writes)},
-            "mmio": {"reads": sum(count[0] for count in unknown), "writes": sum(count[1] for count in unknown)},
-            "kvm": self._fd.stats(),
-            "vcpus": vcpus,
-        }
+        return figures.stats(self._fd, self.vcpus, self._ports, self._board.mmio)
 
     def mappings(self) -> dict[str, int]:
         """How KVM maps the guest's memory now: "pages_4k", "pages_2m", "pages_1g", by its own statistics."""
@@ -266,8 +255,9 @@ class VM:
 
     def unknown_ports(self) -> dict[int, tuple[int, int]]:
         """Ports that the guest used and nobody claims: port -> (reads, writes), strings counted as their length."""
-        reads, writes = list(self._ports.reads), list(self._ports.writes)
-        return {port: (reads[port], writes[port]) for port in range(len(reads)) if reads[port] or writes[port]}
+        from pyvmm.machine import figures
+
+        return figures.unknown_ports(self._ports)
 
     # ---- its console ----
 
@@ -368,25 +358,24 @@ class VM:
         tracker: "bitmap", "manual", "ring" or "coarse"; options: the tracker's own, such as unit="2M" of coarse.
         Raises BadInput for a tracker or option that is none, HostError where this host or VM does not have it.
         """
-        from pyvmm.machine.tracing import make_trace
-        from pyvmm.memory.trace import Target
+        from pyvmm.machine.tracing import make_target, make_trace
 
         self._life.require_open()
         if self._target is None:
-            vcpus = [vcpu.native for vcpu in self.vcpus]
-            self._target = Target(self._fd, self.memory, vcpus, self._rings, self._life.require_open)
+            self._target = make_target(self._fd, self.memory, self.vcpus, self._rings, self._life.require_open)
         return make_trace(tracker, self._target, options)
 
     # ---- stepping ----
 
     def single_step(self, steps: int, show: Callable[[str], None]) -> None:
         """Single-steps the first `steps` instructions of vCPU 0 after the start, each shown as a line."""
+        from pyvmm.machine import autopsy
         from pyvmm.machine.stepper import Stepper
 
         self._life.require_open()
         if self.started:
             raise LifecycleError("stepping begins with the guest: ask for it before start()")
-        self._exits.on_debug = Stepper(self.vcpus[0], self.memory, self._symbols(), steps, show)
+        self._exits.on_debug = Stepper(self.vcpus[0], self.memory, autopsy.symbols(self._image_path), steps, show)
 
     # ---- inside ----
 
@@ -424,23 +413,6 @@ class VM:
         from pyvmm.explain import ExitFacts
 
         self._life.end(Crash(vcpu, ExitFacts.from_run(kind, vcpu.fd.run)))  # type: ignore[arg-type]
-
-    def _symbols(self) -> Symbols | None:
-        from pyvmm.image.symbols import Symbols
-
-        try:
-            with open(self._image_path, "rb") as file:
-                return Symbols.from_elf(file.read())
-        except OSError:
-            return None
-
-    def _explained(self, crash: Crash) -> GuestCrash:
-        from pyvmm.explain import explain
-
-        self._life.require_open()
-        vcpu = crash.vcpu
-        found = explain(crash.facts, read_registers(vcpu.fd), self.memory.read, self._symbols(), vcpu.index)
-        return GuestCrash(found.sentence, found.text)
 
     def __repr__(self) -> str:
         return f"<VM {format_size(self.memory.size)}, {len(self.vcpus)} vCPUs, {self.memory.size // PAGE_SIZE} pages>"

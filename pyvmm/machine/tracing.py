@@ -9,7 +9,12 @@ from pyvmm.memory import trace
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pyvmm.memory.trace import Target, Trace
+    from collections.abc import Callable
+
+    from pyvmm.kvm import VmFd
+    from pyvmm.memory import GuestMemory
+    from pyvmm.memory.trace import Rings, Target, Trace
+    from pyvmm.vcpu import Vcpu
 
 
 def why_not(tracker: str) -> str:
@@ -19,6 +24,13 @@ def why_not(tracker: str) -> str:
         if not found.ok:
             return f"{found.title}: {found.value}; {found.remedy}"
     return ""
+
+
+def make_target(
+    fd: VmFd, memory: GuestMemory, vcpus: list[Vcpu], rings: Rings | None, require_open: Callable[[], None]
+) -> Target:
+    """What all traces of one VM share."""
+    return trace.Target(fd, memory, [vcpu.native for vcpu in vcpus], rings, require_open)
 
 
 def make_trace(tracker: str, target: Target, options: dict[str, object]) -> Trace:
