@@ -33,6 +33,10 @@ TRACES: list[tuple[str, dict[str, object]]] = [
 ]
 TRACES += [("bitmap", {}), ("manual", {"chunk": "1M"})] * 4
 """Trackers and their options, each as often as it is to be taken."""
+RING_TRACES: list[tuple[str, dict[str, object]]] = [row for row in TRACES if row[0] == "coarse"][::3] + [
+    ("ring", {})
+] * 5
+"""The same for a VM that has dirty rings: KVM has no bitmap for it."""
 
 
 class Wrong(PyvmmError):
@@ -126,8 +130,9 @@ class Subject:
     """A VM, and what must be true of it. written: pages that the host wrote, and their bytes; views: those held, each
     with the number of the operation until which it is; dirty: pages traced since `baseline`, RAM as it was then."""
 
-    def __init__(self, vm: VM) -> None:
+    def __init__(self, vm: VM, ring: bool = False) -> None:
         self.vm = vm
+        self._traces = RING_TRACES if ring else TRACES
         self.memory = vm.memory
         self.engine = vm.memory.engine
         self.pages = vm.memory.size // PAGE_SIZE
@@ -210,7 +215,7 @@ class Subject:
     def trace(self, operation: Operation) -> None:
         """Starts one of TRACES; collects what was written; or stops it."""
         if self._trace is None:
-            name, options = TRACES[operation.value % len(TRACES)]
+            name, options = self._traces[operation.value % len(self._traces)]
             self._trace = self.vm.trace(name, **options)
             self._trace.start()
         elif operation.value % 8:

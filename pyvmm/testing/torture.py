@@ -10,6 +10,7 @@ from collections import Counter, deque
 from contextlib import contextmanager
 
 from pyvmm.errors import BadInput
+from pyvmm.host import has
 from pyvmm.layout import BLOCK_SIZE, GIB, MIB, PAGE_SIZE, format_size
 from pyvmm.machine import VM
 from pyvmm.testing.balance import imbalances
@@ -36,6 +37,8 @@ FIRST_TOUCH = 50 * MIB
 """Bytes a second that even a busy host gives out."""
 CHECK_EVERY = 400
 """Operations from one full check to the next."""
+RING_SEEDS, RING_ENTRIES = 1, 1024
+"""Seeds that are so modulo 4 have a VM with dirty rings, which the guest fills again and again."""
 _SCRATCH_BLOCKS = 3
 """At the end of RAM, not the guest's: more than the pages the host writes, since RAM may end within a block."""
 
@@ -59,13 +62,14 @@ class Torture:
         self.done: Counter[str] = Counter()
         self.checks = 0
         self._last: deque[Operation] = deque(maxlen=20)
-        self.vm = VM(memory, cpus, pages)
+        ring = seed % 4 == RING_SEEDS and has("dirty_ring")
+        self.vm = VM(memory, cpus, pages, dirty_ring=RING_ENTRIES if ring else 0)
         try:
             tables = memory > 3 * GIB  # of the guest's own, for what lies above
             size = (memory // BLOCK_SIZE - 1 - _SCRATCH_BLOCKS - tables) * BLOCK_SIZE
             self.vm.load("verify", f"seed={seed} order=random zeros={ZEROS} size={size}")
             self.vm.memory.engine.poison = True
-            self.subject = Subject(self.vm)
+            self.subject = Subject(self.vm, ring)
             self.vm.start()
             patience = STUCK_SECONDS + memory / FIRST_TOUCH
             self._await(lambda: self.vm.progress().passes > 0, "the guest's first pass", patience)
