@@ -24,14 +24,15 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
-    from typing import Self
+    from typing import Self, Unpack
 
     from pyvmm.devices.serial import Serial
     from pyvmm.errors import PyvmmError
+    from pyvmm.machine.restoring import RestoreOptions
+    from pyvmm.machine.saving import SaveOptions
     from pyvmm.memory.engine import Engine
     from pyvmm.memory.space import Pages
     from pyvmm.memory.trace import Rings, Target, Trace
-    from pyvmm.snapshot.reader import Progress as Progress_
     from pyvmm.state import State
 
 # In the hole below 4 GiB, for VT-x without "unrestricted guest" (KVM api.rst, 4.36 and 4.42).
@@ -304,47 +305,25 @@ class VM:
         saved.restore(self._fd, self.vcpus, self._board, self.memory.size, state)
         self._image_path = self._image_path or "restored state"
 
-    def snapshot(
-        self, path: str, *, block_size: int | str = "64K", codec: str = "raw", progress: Progress_ | None = None
-    ) -> None:
+    def snapshot(self, path: str, **options: Unpack[SaveOptions]) -> None:
         """Writes all of the VM into a file, from which `VM.restore(path)` makes another that goes on just there.
 
-        A VM that runs is paused meanwhile. block_size: bytes stored together, 16K to 2M; codec: raw, lz4 or zstd;
-        progress: told (bytes of RAM done, of how many). Raises BadInput, HostError (such as for a full disk: what had
-        the name before is then still there), FetchError.
+        options: see pyvmm.machine.saving.save, which also says what is raised.
         """
-        from pyvmm.machine import checkpoint
+        from pyvmm.machine.saving import save
 
         self._life.require_open()
-        was_running = self.started and not self.paused and not self.ended
-        if was_running:
-            self.pause()
-        try:
-            checkpoint.write(self.memory, self.save_state(), path, parse_size(block_size), codec, progress)
-        finally:
-            if was_running:
-                self.resume()
+        save(self, path, **options)
 
     @classmethod
-    def restore(
-        cls,
-        path: str,
-        *,
-        lazy: bool = False,
-        fill: bool = True,
-        pages: Pages = "auto",
-        output: Callable[[bytes], None] | None = None,
-        progress: Progress_ | None = None,
-    ) -> VM:
+    def restore(cls, path: str, **options: Unpack[RestoreOptions]) -> VM:
         """A new VM from a snapshot file, not started: start() or run() goes on where it was saved.
 
-        lazy: RAM is read when it is touched, and the rest meanwhile unless `fill` is False; else all of it now.
-        pages, output: as of VM(). Raises SnapshotError for a file that is damaged, foreign or of another version; where
-        a block is found damaged only later, the VM is paused and wait() raises FetchError.
+        options: see pyvmm.machine.restoring.restore, which also says what is raised.
         """
-        from pyvmm.machine import checkpoint
+        from pyvmm.machine.restoring import restore
 
-        return checkpoint.read(cls, path, lazy, fill, pages, output, progress)
+        return restore(cls, path, **options)
 
     def hold(self, trouble: PyvmmError) -> None:
         """Pauses the VM because of something that wait() is to raise; resume() lets it try."""
