@@ -34,6 +34,7 @@ int pv_engine_open(uint8_t *ram, uint64_t size, uint64_t small_blocks, struct pv
     engine->uffd = engine->aside_uffd = engine->wake = -1;
     engine->ram = ram;
     engine->size = size;
+    engine->workers = 1;
     engine->pages = size / PV_PAGE;
     engine->blocks = (size + PV_BLOCK - 1) / PV_BLOCK;
     pthread_mutex_init(&engine->span_mutex, NULL);
@@ -158,6 +159,11 @@ void pv_engine_home(struct pv_engine *engine, uint32_t number, const struct pv_h
 {
     if (number < PV_HOMES)
         engine->homes[number] = *home;
+}
+
+void pv_engine_workers(struct pv_engine *engine, uint32_t workers)
+{
+    engine->workers = workers < 1 ? 1 : workers > PV_MAX_WORKERS ? PV_MAX_WORKERS : workers;
 }
 
 uint64_t *pv_engine_pages(struct pv_engine *engine) { return engine->page_words; }

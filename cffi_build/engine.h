@@ -33,6 +33,9 @@
 #define PV_BLOCK_SMALL (1u << 2)          /* to be mapped by small pages: SPLIT or BROKEN, or asked for from the start */
 #define PV_BLOCK_BROKEN (1u << 3)         /* its physical large page is given up, or there never was one */
 #define PV_BLOCK_ASIDE_LARGE (1u << 4)    /* wholly aside, as one large page */
+#define PV_BLOCK_PENDING (1u << 5)        /* the words of its pages are not filled in: the source of all RAM knows */
+#define PV_BLOCK_UNITS (1u << 6)          /* some of its pages are, or were, in a home that gathers */
+#define PV_BLOCK_TOUCHED (1u << 7)        /* and one such page has been touched */
 #define PV_BLOCK_AWAY_SHIFT 16            /* pages away, 0 to 512: 10 bits */
 #define PV_BLOCK_PINS_SHIFT 32            /* holders of a view, or copies under way: nothing is removed meanwhile */
 
@@ -62,7 +65,8 @@
 #define PV_ANSWER_MERGED 3    /* it had come by an answer to another fault */
 #define PV_ANSWER_TRACE 4     /* a write trace was lifted */
 #define PV_ANSWER_FAILED 5
-#define PV_ANSWERS 6
+#define PV_ANSWER_UNIT 6 /* a unit of its home, as small pages */
+#define PV_ANSWERS 7
 
 struct pv_op_count {
     uint64_t done, failed, nanoseconds, longest;
@@ -87,6 +91,20 @@ struct pv_engine_stats {
     struct pv_stall others;      /* threads of ours that are no vCPU */
 };
 
+/* How much comes with a touched page whose home gathers, for pv_engine_unit. */
+#define PV_UNIT_ADAPTIVE 0 /* the unit of its home; with a second touch of the same block all of that, as a large page */
+#define PV_UNIT_PAGE 1
+#define PV_UNIT_STORE 2 /* the unit of its home */
+#define PV_UNIT_LARGE 3 /* 2 MiB */
+
+#define PV_MAX_WORKERS 8 /* threads that answer faults */
+
+/* Pages that a home keeps together: their numbers, and the words that they have while they are there. */
+struct pv_unit {
+    uint32_t count;
+    uint64_t pages[PV_BLOCK_PAGES], words[PV_BLOCK_PAGES];
+};
+
 /* A home that Python or another part of C provides. All return 0 or -errno (what else they return counts as -EIO); called under the block's lock, from the
  * engine's thread or any other, never from two threads for one block. */
 struct pv_home {
@@ -96,6 +114,13 @@ struct pv_home {
     int (*store)(void *self, uint64_t page, uint32_t count, const uint8_t *from, uint64_t *locators);
     /* The pages are back in the guest: their places may be given to others. NULL: nothing to do. */
     void (*forget)(void *self, uint64_t page, uint32_t count, const uint64_t *words);
+    /* Of a source of all RAM: the words of `count` pages, the whole of a block. Returns flags of the block: UNITS, SMALL,
+     * BROKEN. A page that cannot be found gets a word with which fetch() says why. NULL: it cannot be one. */
+    uint32_t (*find)(void *self, uint64_t page, uint32_t count, uint64_t *words);
+    /* Which pages come together with one whose word is `word`; none where that cannot be said. NULL: each for itself. */
+    int (*gather)(void *self, uint64_t page, uint64_t word, struct pv_unit *unit);
+    /* The bytes of all these pages; they stay until the thread's next call. */
+    int (*read)(void *self, const struct pv_unit *unit, const uint8_t **bytes);
     void *self;
 };
 
@@ -109,15 +134,16 @@ struct pv_engine;
 struct pv_file_home {
     const struct pv_snapshot *file[PV_FILE_CHAIN]; /* the youngest first */
     uint32_t files;
+    uint32_t as_it_was;         /* blocks with few pages that were small stay so; else all are to be large */
     uint64_t reads, bytes_read; /* storage blocks, and their stored bytes */
 };
 
-/* fetch of a struct pv_home whose self is a struct pv_file_home. -EBADMSG, -EILSEQ, -ENODATA, -EUCLEAN for a file that is
- * damaged, or an errno of pread. */
+/* The functions of a struct pv_home whose self is a struct pv_file_home. -EBADMSG, -EILSEQ, -ENODATA, -EUCLEAN for a file
+ * that is damaged, or an errno of pread. */
 int pv_file_fetch(void *self, uint64_t page, uint32_t count, const uint64_t *words, uint8_t *to) PV_CHECKED;
-/* Gives every page of RAM that nobody has touched the home that the file says: FILE or ZERO. -EEXIST where one has been
- * touched, errors as above; what was given a home before has it. */
-int pv_file_assign(struct pv_engine *engine, const struct pv_file_home *home) PV_CHECKED;
+uint32_t pv_file_find(void *self, uint64_t page, uint32_t count, uint64_t *words);
+int pv_file_gather(void *self, uint64_t page, uint64_t word, struct pv_unit *unit) PV_CHECKED;
+int pv_file_read(void *self, const struct pv_unit *unit, const uint8_t **bytes) PV_CHECKED;
 
 struct pv_failure {
     uint64_t page;
@@ -160,6 +186,25 @@ int pv_engine_store(struct pv_engine *engine, uint64_t page, uint32_t count, uin
  * PRESENT, else none gets it; locator: of the first, each following one's is greater by one. */
 int pv_engine_assign(struct pv_engine *engine, uint64_t page, uint64_t count, uint32_t home,
                      uint64_t locator) PV_CHECKED;
+/* Makes a home the source of all RAM, of which nobody has touched anything: each page is where find() says. That is asked
+ * block by block when it is needed, so that this takes no time. -EEXIST where a page has been touched. */
+int pv_engine_assign_all(struct pv_engine *engine, uint32_t home) PV_CHECKED;
+/* Fills in the words of all pages that have been assigned so. */
+void pv_engine_find_all(struct pv_engine *engine);
+/* PV_UNIT_*. */
+void pv_engine_unit(struct pv_engine *engine, uint32_t unit);
+/* How many threads answer faults, 1 to PV_MAX_WORKERS; before the first page goes away. */
+void pv_engine_workers(struct pv_engine *engine, uint32_t workers);
+/* From now on, notes the numbers of pages as they come back, up to `room` of them, in `pages`, which must stay. Units are
+ * pages then, until RECORD_PAGES of a block have come: then the rest counts as touched. */
+void pv_engine_record(struct pv_engine *engine, uint64_t *pages, uint64_t room);
+uint64_t pv_engine_recorded(struct pv_engine *engine);
+/* Brings pages back in this order: those of them that are kept together, together, and all of a block which is to be large
+ * where `wanted` (a bit a page, all pages that will be asked for) has many of it. 0 or -errno of the first that failed. */
+int pv_engine_prefetch(struct pv_engine *engine, const uint64_t *pages, uint64_t count,
+                       const uint64_t *wanted) PV_CHECKED;
+/* As pv_engine_install, but between blocks first come the faults that wait. */
+int pv_engine_fill(struct pv_engine *engine, uint64_t page, uint64_t count) PV_CHECKED;
 /* Brings back what is away in the range, whole blocks as large pages. 0 or -errno of the first that failed. */
 int pv_engine_install(struct pv_engine *engine, uint64_t page, uint64_t count) PV_CHECKED;
 /* The same, and until pv_engine_unpin nothing in these blocks is removed. */

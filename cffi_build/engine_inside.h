@@ -42,8 +42,13 @@ struct pv_engine {
 
     pthread_mutex_t span_mutex;
     struct span *spans;
-    pthread_t thread;
-    bool threaded; /* under span_mutex */
+    pthread_t threads[PV_MAX_WORKERS];
+    uint32_t workers, threaded; /* wanted and running; under span_mutex */
+    uint32_t waiting;           /* faults that have been read and not answered */
+
+    uint32_t source; /* the home that knows where pages of PENDING blocks are */
+    uint32_t unit;   /* PV_UNIT_* */
+    uint64_t *record, record_room, recorded;
 
     pthread_mutex_t slot_mutex;
     pthread_cond_t slot_free;
@@ -149,6 +154,10 @@ int collapse_small(void *block) PV_CHECKED;
 int bring(struct pv_engine *engine, uint64_t page, uint32_t count);
 /* These pages and no others, as small ones. */
 int bring_small(struct pv_engine *engine, uint64_t page, uint32_t count);
+/* All of a block of which all is away, as a large page. Answer or -errno. */
+int bring_block(struct pv_engine *engine, uint64_t page);
+/* Pages whose bytes are at `from`, as small ones. 0 or -errno. */
+int put_pages(struct pv_engine *engine, uint64_t page, uint32_t count, const uint8_t *from);
 /* A touch of a page that is PRESENT and not populated. Answer or -errno. */
 int bring_untouched(struct pv_engine *engine, uint64_t page, bool written);
 
@@ -156,6 +165,24 @@ int bring_untouched(struct pv_engine *engine, uint64_t page, bool written);
  * -errno. One block, its span held; without UFFDIO_MOVE, for write protection too. */
 int take_out(struct pv_engine *engine, uint64_t page, uint32_t count);
 void count_op(struct pv_engine *engine, int op, uint64_t since, int result);
+
+/* ---- unit.c: how much comes together ---- */
+
+/* Others of a unit, which are in other blocks than the one that is locked. */
+struct others {
+    struct pv_unit unit;
+    const uint8_t *bytes;
+    uint64_t block;
+};
+/* A touch of a page that is away. Answer or -errno; call bring_others when the block is unlocked. */
+int bring_touched(struct pv_engine *engine, uint64_t page, struct others *others);
+void bring_others(struct pv_engine *engine, const struct others *others);
+/* Pages of a block with units, by units of what is in this block. Answer or -errno. */
+int bring_units(struct pv_engine *engine, uint64_t page, uint32_t count);
+/* All of a block, as a large page where that can be: small pages that are there are put together with the rest. */
+int bring_whole(struct pv_engine *engine, uint64_t page);
+/* Pages of the locked block have come. */
+void note_recorded(struct pv_engine *engine, uint64_t page, uint32_t count);
 
 /* ---- coarse.c: around whatever makes pages appear in the guest ---- */
 

@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #define MESSAGES 32
+#define MESSAGES_SHARED 1 /* where there are several threads: what one has read, no other can answer */
 
 /* A vCPU with a signal pending that touches a page in kernel mode does not wait: the kernel has it touch the page again
  * and again. Where that page has failed already, nothing is to be done but to keep the storm small. */
@@ -55,7 +56,9 @@ static void serve(struct pv_engine *engine, const struct uffd_msg *message, uint
 {
     uint64_t flags = message->arg.pagefault.flags;
     uint64_t page = (message->arg.pagefault.address - (uintptr_t)engine->ram) / PV_PAGE, block = page / PV_BLOCK_PAGES;
+    struct others others;
     int answer;
+    others.unit.count = 0;
     block_lock(engine, block);
     uint32_t home = page_home(engine, page);
     if (engine->page_words[page] & PV_PAGE_FAILED) {
@@ -65,7 +68,7 @@ static void serve(struct pv_engine *engine, const struct uffd_msg *message, uint
         return;
     }
     if (home != PV_HOME_PRESENT) {
-        answer = bring(engine, page, 1);
+        answer = bring_touched(engine, page, &others);
         /* A writer held by protection while its page was taken out waits for this page and is woken by its arrival;
          * so is every other that waits for a page of what arrived. */
     } else if (flags & UFFD_PAGEFAULT_FLAG_WP) {
@@ -76,6 +79,7 @@ static void serve(struct pv_engine *engine, const struct uffd_msg *message, uint
     if (answer < 0)
         fail(engine, page, -answer);
     block_unlock(engine, block);
+    bring_others(engine, &others);
     note(engine, home, answer, message->arg.pagefault.feat.ptid, pv_now() - begin);
 }
 
@@ -89,11 +93,15 @@ static void *answer_faults(void *argument)
             continue; /* EINTR: all signals are blocked, but a debugger may stop us */
         if (ready[1].revents)
             return NULL;
-        ssize_t got = read(engine->uffd, messages, sizeof(messages));
+        uint32_t most = engine->workers > 1 ? MESSAGES_SHARED : MESSAGES;
+        ssize_t got = read(engine->uffd, messages, most * sizeof(messages[0]));
         uint64_t begin = pv_now();
         for (ssize_t i = 0; i < got / (ssize_t)sizeof(messages[0]); i++)
-            if (messages[i].event == UFFD_EVENT_PAGEFAULT)
+            if (messages[i].event == UFFD_EVENT_PAGEFAULT) {
+                __atomic_fetch_add(&engine->waiting, 1, __ATOMIC_RELAXED);
                 serve(engine, &messages[i], begin);
+                __atomic_fetch_sub(&engine->waiting, 1, __ATOMIC_RELAXED);
+            }
     }
 }
 
@@ -102,21 +110,24 @@ int fault_thread_start(struct pv_engine *engine)
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before); /* inherited: the program's signals are for its other threads */
-    int error = pthread_create(&engine->thread, NULL, answer_faults, engine);
+    int error = 0;
+    while (!error && engine->threaded < engine->workers) {
+        pthread_t *thread = &engine->threads[engine->threaded];
+        error = pthread_create(thread, NULL, answer_faults, engine);
+        if (!error)
+            (void)pthread_setname_np(*thread, "pyvmm faults");
+        engine->threaded += !error;
+    }
     pthread_sigmask(SIG_SETMASK, &before, NULL);
-    engine->threaded = error == 0;
-    if (engine->threaded)
-        (void)pthread_setname_np(engine->thread, "pyvmm faults");
-    return -error;
+    return engine->threaded ? 0 : -error; /* fewer threads than wanted answer all faults too */
 }
 
 void fault_thread_end(struct pv_engine *engine)
 {
-    if (!engine->threaded)
-        return;
-    (void)!eventfd_write(engine->wake, 1);
-    pthread_join(engine->thread, NULL);
-    engine->threaded = false;
+    if (engine->threaded)
+        (void)!eventfd_write(engine->wake, 1);
+    while (engine->threaded)
+        pthread_join(engine->threads[--engine->threaded], NULL);
 }
 
 /* ---- where no answer can be given: nobody goes on with a wrong byte; whoever cares is told ---- */

@@ -83,6 +83,8 @@ static uint32_t alike(const struct pv_engine *engine, uint64_t page, uint32_t li
 static void now_present(struct pv_engine *engine, uint64_t page, uint32_t count, bool moved)
 {
     uint32_t away = 0;
+    if (engine->record)
+        note_recorded(engine, page, count);
     for (uint32_t i = 0; i < count;) {
         uint32_t run = alike(engine, page + i, count - i);
         if (page_home(engine, page + i) != PV_HOME_PRESENT) {
@@ -92,7 +94,8 @@ static void now_present(struct pv_engine *engine, uint64_t page, uint32_t count,
         for (uint32_t last = i + run; i < last; i++)
             page_set(engine, page + i, PV_HOME_PRESENT);
     }
-    block_flags(engine, page / PV_BLOCK_PAGES, 0, PV_BLOCK_ASIDE_LARGE);
+    bool all = !block_away(engine, page / PV_BLOCK_PAGES);
+    block_flags(engine, page / PV_BLOCK_PAGES, 0, PV_BLOCK_ASIDE_LARGE | (all ? PV_BLOCK_UNITS | PV_BLOCK_TOUCHED : 0));
     if (away)
         span_release(engine, page, away, false);
 }
@@ -182,7 +185,7 @@ static void settle(struct pv_engine *engine, uint64_t page, uint32_t count)
             now_present(engine, page + i, 1, false);
 }
 
-static int bring_block(struct pv_engine *engine, uint64_t page)
+int bring_block(struct pv_engine *engine, uint64_t page)
 {
     int answer;
     bool whole = block_word(engine, page / PV_BLOCK_PAGES) & PV_BLOCK_ASIDE_LARGE;
@@ -248,10 +251,24 @@ int bring_small(struct pv_engine *engine, uint64_t page, uint32_t count)
     return PV_ANSWER_PAGES;
 }
 
+int put_pages(struct pv_engine *engine, uint64_t page, uint32_t count, const uint8_t *from)
+{
+    trace_enter(engine);
+    int error = uffd_copy(engine, ram_at(engine, page), from, (uint64_t)count * PV_PAGE, 0);
+    trace_leave(engine, page, count);
+    if (error)
+        settle(engine, page, count);
+    else
+        now_present(engine, page, count, false);
+    return error;
+}
+
 int bring(struct pv_engine *engine, uint64_t page, uint32_t count)
 {
-    uint64_t block = page / PV_BLOCK_PAGES;
-    if (block_away(engine, block) == PV_BLOCK_PAGES && !(block_word(engine, block) & PV_BLOCK_SMALL))
+    uint64_t block = page / PV_BLOCK_PAGES, word = block_word(engine, block);
+    if (word & PV_BLOCK_UNITS)
+        return count == pages_of_block(engine, block) ? bring_whole(engine, page) : bring_units(engine, page, count);
+    if (block_away(engine, block) == PV_BLOCK_PAGES && !(word & PV_BLOCK_SMALL))
         return bring_block(engine, block * PV_BLOCK_PAGES);
     return bring_small(engine, page, count);
 }

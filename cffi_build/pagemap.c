@@ -17,7 +17,27 @@ static uint32_t *low_half(const struct pv_engine *engine, uint64_t block)
     return (uint32_t *)&engine->block_words[block]; /* little-endian, as all of x86 */
 }
 
-void block_lock(struct pv_engine *engine, uint64_t block)
+/* The words of a block that its source knows of. Under its lock. */
+static void find_words(struct pv_engine *engine, uint64_t block)
+{
+    struct pv_home *home = &engine->homes[engine->source];
+    uint64_t first = block * PV_BLOCK_PAGES, words[PV_BLOCK_PAGES];
+    uint32_t count = pages_of_block(engine, block), homes[PV_HOMES] = {0};
+    uint32_t flags = home->find(home->self, first, count, words);
+    for (uint32_t i = 0; i < count; i++) {
+        __atomic_store_n(&engine->page_words[first + i], words[i], __ATOMIC_RELAXED);
+        homes[words[i] & (PV_HOMES - 1)]++;
+    }
+    for (uint32_t i = PV_HOME_PRESENT + 1; i < PV_HOMES; i++)
+        atomic_fetch_add_explicit(&engine->home_counts[i], homes[i], memory_order_relaxed);
+    uint32_t away = count - homes[PV_HOME_PRESENT];
+    __atomic_fetch_add(&engine->block_words[block], (uint64_t)away << PV_BLOCK_AWAY_SHIFT, __ATOMIC_RELAXED);
+    block_flags(engine, block, flags & (PV_BLOCK_UNITS | PV_BLOCK_SMALL | PV_BLOCK_BROKEN), PV_BLOCK_PENDING);
+    span_add(engine, first, away);
+    span_release(engine, first, 1, false);
+}
+
+static void lock_word(struct pv_engine *engine, uint64_t block)
 {
     uint32_t *word = low_half(engine, block), seen = __atomic_load_n(word, __ATOMIC_RELAXED);
     for (;;) {
@@ -37,6 +57,13 @@ void block_lock(struct pv_engine *engine, uint64_t block)
         syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0);
         seen = __atomic_load_n(word, __ATOMIC_RELAXED);
     }
+}
+
+void block_lock(struct pv_engine *engine, uint64_t block)
+{
+    lock_word(engine, block);
+    if (block_word(engine, block) & PV_BLOCK_PENDING)
+        find_words(engine, block);
 }
 
 void block_unlock(struct pv_engine *engine, uint64_t block)
@@ -171,8 +198,46 @@ static void note_looks(void *into, uint64_t page, uint64_t count, bool large)
     }
 }
 
+void pv_engine_find_all(struct pv_engine *engine)
+{
+    for (uint64_t block = 0; block < engine->blocks; block++)
+        if (block_word(engine, block) & PV_BLOCK_PENDING) {
+            block_lock(engine, block);
+            block_unlock(engine, block);
+        }
+}
+
+static void note_any(void *into, uint64_t page, uint64_t count, bool large)
+{
+    (void)page;
+    (void)large;
+    *(uint64_t *)into += count;
+}
+
+int pv_engine_assign_all(struct pv_engine *engine, uint32_t home)
+{
+    if (home <= PV_HOME_ASIDE || home >= PV_HOMES || !engine->homes[home].find)
+        return -EINVAL;
+    int error = span_hold_all(engine, !engine->move);
+    if (error)
+        return error;
+    uint64_t touched = 0;
+    error = walk(engine, engine->ram, engine->pages, note_any, &touched);
+    for (uint64_t block = 0; block < engine->blocks; block++)
+        touched += block_away(engine, block);
+    error = error ? error : touched ? -EEXIST : 0;
+    engine->source = home;
+    for (uint64_t block = 0; !error && block < engine->blocks; block++) {
+        span_add(engine, block * PV_BLOCK_PAGES, 1);
+        block_flags(engine, block, PV_BLOCK_PENDING, 0);
+    }
+    span_release_all(engine, !engine->move);
+    return error;
+}
+
 int pv_engine_look(struct pv_engine *engine, uint64_t *large, uint64_t *small, uint8_t *looks)
 {
+    pv_engine_find_all(engine);
     struct looks out = {.large = large, .small = small, .looks = looks};
     *large = *small = 0;
     if (looks)
@@ -200,6 +265,7 @@ static void note_held(void *into, uint64_t page, uint64_t count, bool large)
 
 int pv_engine_holds(struct pv_engine *engine, uint8_t *blocks)
 {
+    pv_engine_find_all(engine);
     memset(blocks, 0, engine->blocks);
     int error = walk(engine, engine->ram, engine->pages, note_held, blocks);
     for (uint64_t block = 0; !error && block < engine->blocks; block++)
@@ -213,6 +279,7 @@ int pv_engine_holds(struct pv_engine *engine, uint8_t *blocks)
 void pv_engine_count(struct pv_engine *engine, uint64_t *by_home, int *armed)
 {
     uint64_t away = 0;
+    pv_engine_find_all(engine);
     for (int home = PV_HOME_ZERO; home < PV_HOMES; home++) {
         by_home[home] = atomic_load_explicit(&engine->home_counts[home], memory_order_relaxed);
         away += by_home[home];

@@ -56,6 +56,9 @@ int pv_codec_decompress(int codec, const uint8_t *from, uint32_t stored, uint8_t
 int pv_block_read(int fd, uint64_t offset, uint32_t stored_length, uint64_t checksum, int codec, uint32_t raw_length,
                   uint8_t *out) PV_CHECKED;
 
+/* Room for the pages of a storage block, this thread's own; NULL where there is no memory. */
+uint8_t *pv_kept_pages(void);
+
 /* ---- pack.c: writing ---- */
 
 /* A snapshot that is being written, by one thread. Arrays are the caller's, and zero at the start but for `index`. */
@@ -101,7 +104,7 @@ struct pv_snapshot {
     uint32_t has_parent;
     uint64_t pages, blocks, backs;
     uint64_t begin, end;  /* where storage blocks lie in the file */
-    struct pv_section index, table, back;
+    struct pv_section index, table, back, large;
 };
 
 /* Makes bytes of a section readable in its `data`. 0; -EBADMSG, -ENODATA, -EINVAL, or an errno of pread. */
@@ -109,6 +112,8 @@ int pv_section_need(const struct pv_snapshot *snapshot, const struct pv_section 
                     uint64_t size) PV_CHECKED;
 /* The word of a page. -EUCLEAN where it is none of the words that can be; else as pv_section_need. */
 int pv_snapshot_page(const struct pv_snapshot *snapshot, uint64_t page, uint64_t *word) PV_CHECKED;
+/* Was a block of 2 MiB a large page? Also where that cannot be read. */
+int pv_snapshot_large(const struct pv_snapshot *snapshot, uint64_t block);
 /* A row of BLOCKS, and the pages in its slots (PV_STORE_SLOTS of room). -EUCLEAN where they cannot be, or where INDEX
  * says otherwise; else as pv_section_need. */
 int pv_snapshot_block(const struct pv_snapshot *snapshot, uint64_t block, struct pv_stored *row,

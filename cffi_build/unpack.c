@@ -63,6 +63,13 @@ int pv_snapshot_page(const struct pv_snapshot *snapshot, uint64_t page, uint64_t
     }
 }
 
+int pv_snapshot_large(const struct pv_snapshot *snapshot, uint64_t block)
+{
+    if (pv_section_need(snapshot, &snapshot->large, block / 8, 1))
+        return 1;
+    return snapshot->large.data[block / 8] >> block % 8 & 1;
+}
+
 static bool row_ok(const struct pv_snapshot *snapshot, const struct pv_stored *row)
 {
     uint32_t size = row->slots * PV_PAGE;

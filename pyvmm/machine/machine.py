@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from pyvmm.memory.engine import Engine
     from pyvmm.memory.space import Pages
     from pyvmm.memory.trace import Rings, Target, Trace
+    from pyvmm.snapshot.lazy import FileHome
     from pyvmm.state import State
 
 # In the hole below 4 GiB, for VT-x without "unrestricted guest" (KVM api.rst, 4.36 and 4.42).
@@ -62,6 +63,8 @@ class VM:
             raise BadInput(f"{cpus} vCPUs: pyvmm takes 1 to {lib.PV_MAX_CPUS}")
         self._capture = Capture()
         self._image_path = ""
+        self.restored: FileHome | None = None
+        """Where memory comes from, of a VM that was restored lazily."""
         with ExitStack() as stack:
             kvm = stack.enter_context(Kvm())
             self._msrs = kvm.msr_indices

@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
-from pyvmm.errors import SnapshotError, StateError
+from contextlib import suppress
+
+from pyvmm.errors import BadInput, FetchError, MemoryAccessError, SnapshotError, StateError
+from pyvmm.layout import PAGE_SIZE, Gpa
 from pyvmm.snapshot import Snapshot
 from pyvmm.snapshot.lazy import FileHome
+from pyvmm.vcpu.registers import saved_registers
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,9 +25,17 @@ if TYPE_CHECKING:
 
         lazy: bool
         fill: bool
+        fill_rate: float | None
+        unit: str
+        prefetch: bool
+        populate: bool
+        record: bool
         pages: Pages
         output: Callable[[bytes], None] | None
         progress: Progress | None
+
+
+_PAGE_ADDRESS = (1 << 64) - PAGE_SIZE
 
 
 def restore(
@@ -32,37 +44,59 @@ def restore(
     *,
     lazy: bool = False,
     fill: bool = True,
+    fill_rate: float | None = None,
+    unit: str = "adaptive",
+    prefetch: bool = False,
+    populate: bool = False,
+    record: bool = False,
     pages: Pages = "auto",
     output: Callable[[bytes], None] | None = None,
     progress: Progress | None = None,
 ) -> VM:
     """A new VM from a file, not started.
 
-    lazy: RAM is read when it is touched, and the rest meanwhile unless `fill` is False; else all of it now.
-    pages, output: as of VM(); progress: told (bytes read, of how many). Raises SnapshotError for a file that is
-    damaged, foreign or of another version; where a block is found damaged only later, the VM is paused and wait()
-    raises FetchError.
+    lazy: RAM is read when it is touched; else all of it now. With lazy: fill: the rest comes meanwhile, at most
+    fill_rate bytes a second of it; unit: how much a touch brings (pyvmm.memory.engine.UNITS); prefetch: the file's
+    working set comes ahead of the guest, in one pass; populate: before its first instruction; record: the order of
+    first touches is kept for vm.restored.working_set() (then there is no fill).
+    pages, output: as of VM(); with pages="auto" a block that was small at the source and holds little stays so.
+    progress: told (bytes read, of how many). Raises SnapshotError for a file that is damaged, foreign or of another
+    version; where a block is found damaged only later, the VM is paused and wait() raises FetchError.
     """
+    if not lazy and (prefetch or populate or record or fill_rate is not None or unit != "adaptive"):
+        raise BadInput("how memory comes when it is touched (prefetch, record, ...) goes with lazy=True")
+    if fill_rate is not None and not 0 < fill_rate < 1e15:
+        raise BadInput(f"fill_rate={fill_rate}: give bytes a second above 0")
     snapshot = Snapshot.open(path)
     try:
+        if (prefetch or populate) and not snapshot.wset:
+            raise BadInput(f"{path} has no working set: restore it once with record")
         vm = build(memory=snapshot.memory_size, cpus=_cpus(snapshot), pages=pages, output=output)
-        try:
-            if lazy:
-                home = FileHome(snapshot, vm.memory)
-                vm.memory.keep(home.close)
-            else:
-                snapshot.load_into(vm.memory, progress)
-            vm.restore_state(snapshot.states)
-            if lazy and fill:
-                home.fill(vm.hold)
-        except BaseException:
-            vm.close()
-            raise
     except BaseException:
         snapshot.close()
         raise
-    if not lazy:
-        snapshot.close()
+    try:
+        if not lazy:
+            with snapshot:
+                snapshot.load_into(vm.memory, progress)
+                vm.restore_state(snapshot.states)
+            return vm
+        vm.memory.keep(snapshot.close)
+        home = vm.restored = FileHome(snapshot, vm.memory, unit)
+        vm.memory.keep(home.close)
+        vm.memory.before_end(home.end)
+        vm.restore_state(snapshot.states)
+        if record:
+            home.record()
+        elif populate:
+            home.prefetch()
+        else:
+            _bring_entry(vm, snapshot)
+        if prefetch or (fill and not record):
+            home.run_ahead(prefetch, fill and not record, fill_rate, vm.hold)
+    except BaseException:
+        vm.close()
+        raise
     return vm
 
 
@@ -72,3 +106,15 @@ def _cpus(snapshot: Snapshot) -> int:
         return len(snapshot.states.parts("vcpus"))
     except StateError as error:
         raise SnapshotError(f"{snapshot.name}: {error}") from None
+
+
+def _bring_entry(vm: VM, snapshot: Snapshot) -> None:
+    """What the vCPUs will touch with their first instruction, since each of these faults would wait for a thread: page
+    tables, code and stack. Where these are is a guess, right for guests that run where they are loaded; a wrong one
+    costs a page, and a page that cannot be brought is for whoever touches it."""
+    with suppress(FetchError, StateError):
+        for part in snapshot.states.parts("vcpus"):
+            registers = saved_registers(part)
+            for address in (registers.cr3, registers.rip, registers.rsp - 8, registers.gdt_base, registers.idt_base):
+                with suppress(MemoryAccessError):
+                    vm.memory.engine.install(vm.memory.page_of(Gpa(address & _PAGE_ADDRESS)))

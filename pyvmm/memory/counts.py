@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from pyvmm._native import CData
 
 OPERATIONS = ("remove", "install", "split", "merge", "break", "store")
-ANSWERS = ("block", "collapsed", "pages", "merged", "trace", "failed")
+ANSWERS = ("block", "collapsed", "pages", "merged", "trace", "failed", "unit")
 """How a fault was answered: by a whole large page; by one that MADV_COLLAPSE made; by small pages; it had come by the
-answer to another fault; a write trace was lifted; not at all."""
+answer to another fault; a write trace was lifted; not at all; by what its home keeps together, as small pages."""
 
 
 class PageCounts(Record):

@@ -60,6 +60,7 @@ class GuestMemory:
         """Called with the engine when it is first asked for."""
         self._engine: Engine | None = None
         self._kept: list[Callable[[], object]] = []
+        self._ends: list[Callable[[], object]] = []
         self._making = threading.Lock()
         self.on_write: Callable[[int, int], None] | None = None
         self._views: dict[int, _View] = {}
@@ -78,8 +79,14 @@ class GuestMemory:
         """Has something called when the memory is closed, after the engine's end: what a home needs until then."""
         self._kept.append(close)
 
+    def before_end(self, end: Callable[[], object]) -> None:
+        """Has something called before the engine's end: what uses it in a thread of its own should know."""
+        self._ends.append(end)
+
     def close_engine(self) -> None:
         """Ends the engine: what is away is lost, so that nothing may run in the guest any more."""
+        while self._ends:
+            self._ends.pop()()
         if self._engine is not None:
             self._engine.close()
 

@@ -1,82 +1,171 @@
 # lazy.py: RAM that is read from a snapshot file when it is touched (technique T3, US9053065B2). The work is in
-# cffi_build/filehome.c; the engine's thread does it, without the GIL.
-"""`FileHome`: the home FILE of one VM. `fill`: brings the rest, block by block."""
+# cffi_build/filehome.c and unit.c; the engine's threads do it, without the GIL.
+"""`FileHome`: the home FILE of one VM, what comes ahead of touches, and the order in which pages were touched."""
 
 from __future__ import annotations
 
-import errno
 import threading
+import time
+from array import array
+from contextlib import suppress
 
 from pyvmm._native import ffi, lib
-from pyvmm.errors import BadInput, FetchError, MemoryAccessError, SnapshotError
+from pyvmm.errors import BadInput, FetchError, MemoryAccessError
 from pyvmm.layout import BLOCK_SIZE, PAGE_SIZE, format_size
+from pyvmm.snapshot.format import MAX_WSET
 from pyvmm.snapshot.results import reason
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from pyvmm.memory import GuestMemory
     from pyvmm.snapshot.reader import Snapshot
+
+WORKERS = 2
+"""Threads that answer faults: while one waits for the disk, the other serves."""
+_STEP = 64
+"""Pages of a working set that C brings at once, so that whoever closes the VM does not wait long."""
+_NONE_YET = (1 << 64) - 1
 
 
 class FileHome:
     """The pages of `snapshot`, and of what it builds on, that `memory` has not touched yet. Owns the snapshot.
 
-    memory: of the same size, and never touched. Raises BadInput otherwise, SnapshotError for a damaged file.
+    memory: of the same size, and never touched; unit: how much a touch brings (pyvmm.memory.engine.UNITS).
+    Raises BadInput. A damaged file is found when what is damaged is needed: the VM is paused then.
     """
 
-    def __init__(self, snapshot: Snapshot, memory: GuestMemory) -> None:
+    def __init__(self, snapshot: Snapshot, memory: GuestMemory, unit: str = "adaptive", workers: int = WORKERS) -> None:
         if memory.size != snapshot.memory_size:
             raise BadInput(f"{snapshot.name} is of a VM with {format_size(snapshot.memory_size)} of memory")
         self._snapshot = snapshot
         self._memory = memory
-        self._filler: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
+        self._end = threading.Event()
+        self._record: array[int] | None = None
         self.struct = ffi.new("struct pv_home *")
         self._native = ffi.new("struct pv_file_home *")
-        self.struct.fetch, self.struct.self = lib.pv_file_fetch, self._native
+        self._native.as_it_was = memory.backing == "auto"
+        self.struct.self = self._native
+        self.struct.fetch, self.struct.find = lib.pv_file_fetch, lib.pv_file_find
+        self.struct.gather, self.struct.read = lib.pv_file_gather, lib.pv_file_read
         each: Snapshot | None = snapshot
         while each is not None:
             self._native.file[self._native.files] = each.native
             self._native.files += 1
             each = each.parent
+        memory.engine.set_unit(unit)
+        memory.engine.set_workers(workers)
         memory.engine.set_native_home("file", self)
-        result = memory.engine.call(lib.pv_file_assign, self._native)
-        if result == -errno.EEXIST:
-            raise BadInput(f"{snapshot.name} is restored into fresh memory: this has been written to")
-        if result:
-            raise SnapshotError(f"{snapshot.name}: {self.explain(-result)}")
+        try:
+            memory.engine.assign_all("file")
+        except BadInput:
+            raise BadInput(f"{snapshot.name} is restored into fresh memory: this has been written to") from None
+
+    # ---- what is known ----
 
     @property
     def reads(self) -> int:
-        """Storage blocks read so far."""
+        """Storage blocks read so far, those read again counted again."""
         return int(self._native.reads)
+
+    @property
+    def bytes_read(self) -> int:
+        """Stored bytes of these."""
+        return int(self._native.bytes_read)
+
+    @property
+    def ids(self) -> list[bytes]:
+        """The ids of the file and its ancestors: whose content a page has that is still in the home FILE."""
+        each: Snapshot | None = self._snapshot
+        found = []
+        while each is not None:
+            found.append(each.id)
+            each = each.parent
+        return found
 
     def explain(self, number: int) -> str:
         """What an errno of a failed fetch means."""
         return f"{self._snapshot.name}: {reason(number)}"
 
-    def fill(self, on_failure: Callable[[FetchError], None]) -> None:
-        """Brings all that is still in the file, in a thread of its own; a touch of the guest's goes between blocks."""
-        self._filler = threading.Thread(target=self._fill, args=(on_failure,), name="snapshot filler", daemon=True)
-        self._filler.start()
+    # ---- ahead of touches ----
 
-    def _fill(self, on_failure: Callable[[FetchError], None]) -> None:
+    def prefetch(self, pages: Iterable[int] | None = None) -> None:
+        """Brings pages in this order, those of the snapshot's working set where none are given. Raises FetchError."""
+        order = array("Q", self._snapshot.wset if pages is None else pages)
+        wanted = ffi.new("uint64_t[]", self._memory.size // PAGE_SIZE // 64 + 1)
+        for page in order:
+            wanted[page // 64] |= 1 << page % 64
+        self._prefetch(order, wanted)
+
+    def _prefetch(self, order: array[int], wanted: object) -> None:
+        words = ffi.from_buffer("uint64_t[]", order)
+        for first in range(0, len(order), _STEP):
+            if self._end.is_set():
+                return
+            self._memory.engine.prefetch(words + first, min(_STEP, len(order) - first), wanted)
+
+    def run_ahead(
+        self, prefetch: bool, fill: bool, rate: float | None, on_failure: Callable[[FetchError], None]
+    ) -> None:
+        """In a thread of its own: the working set, then all the rest by address, at most `rate` bytes a second of it.
+        A fault of the guest's goes between two blocks. on_failure: called where a page cannot be brought."""
+
+        def run() -> None:
+            try:
+                if prefetch:
+                    self.prefetch()
+                if fill:
+                    self._fill(rate)
+            except FetchError as error:
+                on_failure(error)
+            except MemoryAccessError:
+                pass  # the VM is closed
+
+        thread = threading.Thread(target=run, name="snapshot filler", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _fill(self, rate: float | None) -> None:
         engine, pages, step = self._memory.engine, self._memory.size // PAGE_SIZE, BLOCK_SIZE // PAGE_SIZE
-        try:
-            for page in range(0, pages, step):
-                engine.install(page, min(step, pages - page))
-        except FetchError as error:
-            on_failure(error)
-        except MemoryAccessError:
-            pass  # the VM is closed
+        begin = time.monotonic()
+        for page in range(0, pages, step):
+            due = begin + page * PAGE_SIZE / rate if rate else 0.0
+            if self._end.wait(max(0.0, due - time.monotonic())) if rate else self._end.is_set():
+                return
+            engine.fill(page, min(step, pages - page))
 
     def wait(self) -> None:
-        """Waits until the filler has ended, where there is one."""
-        if self._filler is not None:
-            self._filler.join()
+        """Waits until all that was asked for ahead has come."""
+        for thread in self._threads:
+            thread.join()
+
+    # ---- the order of first touches ----
+
+    def record(self) -> None:
+        """From now on, keeps the order in which pages are touched first, for working_set()."""
+        self._record = array("Q", (_NONE_YET,)) * min(self._memory.size // PAGE_SIZE, MAX_WSET)
+        self._memory.engine.record(ffi.from_buffer("uint64_t[]", self._record), len(self._record))
+
+    def working_set(self) -> list[int]:
+        """Pages in the order of their first touch since record(), none twice. Raises BadInput without record()."""
+        if self._record is None:
+            raise BadInput("no touches have been recorded: restore with record=True")
+        with suppress(MemoryAccessError):  # else what is there at the VM's end
+            self._recorded = self._memory.engine.recorded()
+        return [page for page in dict.fromkeys(self._record[: self._recorded]) if page != _NONE_YET]
+
+    # ---- its end ----
+
+    def end(self) -> None:
+        """Before the engine's end: nothing more is brought ahead."""
+        if self._record is not None:
+            self.working_set()
+        self._end.set()
 
     def close(self) -> None:
         """After the engine's end: closes the file."""
+        self._end.set()
         self.wait()
         self._snapshot.close()

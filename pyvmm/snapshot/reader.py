@@ -281,6 +281,7 @@ class Snapshot:
         native.index = self._sections["index"].native[0]
         native.table = self._sections["blocks"].native[0]
         native.back = self._sections["back"].native[0]
+        native.large = self._sections["large"].native[0]
         return native
 
 
