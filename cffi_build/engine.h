@@ -203,7 +203,8 @@ uint64_t pv_engine_recorded(struct pv_engine *engine);
  * where `wanted` (a bit a page, all pages that will be asked for) has many of it. 0 or -errno of the first that failed. */
 int pv_engine_prefetch(struct pv_engine *engine, const uint64_t *pages, uint64_t count,
                        const uint64_t *wanted) PV_CHECKED;
-/* As pv_engine_install, but between blocks first come the faults that wait. */
+/* As pv_engine_install, but between blocks first come the faults that wait, and what cannot be brought is told to
+ * pv_engine_wait_failure, the rest still brought. */
 int pv_engine_fill(struct pv_engine *engine, uint64_t page, uint64_t count) PV_CHECKED;
 /* Brings back what is away in the range, whole blocks as large pages. 0 or -errno of the first that failed. */
 int pv_engine_install(struct pv_engine *engine, uint64_t page, uint64_t count) PV_CHECKED;
@@ -222,8 +223,9 @@ int pv_engine_break(struct pv_engine *engine, uint64_t block) PV_CHECKED;
 int pv_engine_wait_failure(struct pv_engine *engine, struct pv_failure *out) PV_CHECKED;
 /* Lets pv_engine_wait_failure return 0, now and for ever. */
 void pv_engine_end_failures(struct pv_engine *engine);
-/* Lets the threads that wait for a page whose fetch failed try again. Before that, no touch has it fetched again. */
-void pv_engine_retry(struct pv_engine *engine);
+/* Lets the threads that wait for a page whose fetch failed try again. Before that, no touch has it fetched again.
+ * Returns how many failures there were until then. */
+uint64_t pv_engine_retry(struct pv_engine *engine);
 
 void pv_engine_read_stats(struct pv_engine *engine, struct pv_engine_stats *out);
 /* Pages by home (PV_HOMES of them), and whether any range is registered with userfaultfd now. */
@@ -231,7 +233,10 @@ void pv_engine_count(struct pv_engine *engine, uint64_t *by_home, int *armed);
 /* Present pages by the kernel's page tables: in large mappings, in small ones. looks: NULL, or PV_LOOK_* a block. */
 int pv_engine_look(struct pv_engine *engine, uint64_t *large, uint64_t *small, uint8_t *looks) PV_CHECKED;
 
-/* Which blocks may hold anything but zeros: one byte each, 1 or 0. Of a guest that stands still. */
+/* Of each block, a byte: HOLDS, it may hold anything but zeros; LARGE, it is a large page, or is to come back as one. Of a
+ * guest that stands still. */
+#define PV_HOLDS 1
+#define PV_HOLDS_LARGE 2
 int pv_engine_holds(struct pv_engine *engine, uint8_t *blocks) PV_CHECKED;
 
 /* ---- coarse write traces (technique T7, US11995459B2) ---- */

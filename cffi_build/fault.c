@@ -166,12 +166,13 @@ void pv_engine_end_failures(struct pv_engine *engine)
     pthread_mutex_unlock(&engine->fail_mutex);
 }
 
-void pv_engine_retry(struct pv_engine *engine)
+uint64_t pv_engine_retry(struct pv_engine *engine)
 {
     if (!pv_engine_equipped(engine))
-        return;
+        return 0;
     pthread_mutex_lock(&engine->fail_mutex);
     uint64_t first = engine->failed_first, end = engine->failed_end;
+    uint64_t failures = engine->failure.count;
     engine->failed_first = engine->failed_end = 0;
     pthread_mutex_unlock(&engine->fail_mutex);
     for (uint64_t page = first; page < end; page++) {
@@ -182,4 +183,5 @@ void pv_engine_retry(struct pv_engine *engine)
         block_unlock(engine, page / PV_BLOCK_PAGES);
     }
     uffd_wake(engine, engine->ram, engine->size);
+    return failures;
 }

@@ -258,9 +258,8 @@ int pv_engine_look(struct pv_engine *engine, uint64_t *large, uint64_t *small, u
 
 static void note_held(void *into, uint64_t page, uint64_t count, bool large)
 {
-    (void)large;
     for (uint64_t block = page / PV_BLOCK_PAGES; block <= (page + count - 1) / PV_BLOCK_PAGES; block++)
-        ((uint8_t *)into)[block] = 1;
+        ((uint8_t *)into)[block] |= (uint8_t)(PV_HOLDS | (large ? PV_HOLDS_LARGE : 0));
 }
 
 int pv_engine_holds(struct pv_engine *engine, uint8_t *blocks)
@@ -268,11 +267,16 @@ int pv_engine_holds(struct pv_engine *engine, uint8_t *blocks)
     pv_engine_find_all(engine);
     memset(blocks, 0, engine->blocks);
     int error = walk(engine, engine->ram, engine->pages, note_held, blocks);
-    for (uint64_t block = 0; !error && block < engine->blocks; block++)
-        for (uint32_t i = 0; !blocks[block] && block_away(engine, block) && i < pages_of_block(engine, block); i++) {
+    for (uint64_t block = 0; !error && block < engine->blocks; block++) {
+        if (!block_away(engine, block))
+            continue;
+        for (uint32_t i = 0; !(blocks[block] & PV_HOLDS) && i < pages_of_block(engine, block); i++) {
             uint32_t home = page_home(engine, block * PV_BLOCK_PAGES + i);
-            blocks[block] = home != PV_HOME_PRESENT && home != PV_HOME_ZERO && home != PV_HOME_BALLOON;
+            blocks[block] |= home != PV_HOME_PRESENT && home != PV_HOME_ZERO && home != PV_HOME_BALLOON ? PV_HOLDS : 0;
         }
+        if (blocks[block] & PV_HOLDS && !(block_word(engine, block) & PV_BLOCK_SMALL))
+            blocks[block] |= PV_HOLDS_LARGE;
+    }
     return error;
 }
 

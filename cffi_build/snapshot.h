@@ -113,7 +113,7 @@ int pv_section_need(const struct pv_snapshot *snapshot, const struct pv_section 
 /* The word of a page. -EUCLEAN where it is none of the words that can be; else as pv_section_need. */
 int pv_snapshot_page(const struct pv_snapshot *snapshot, uint64_t page, uint64_t *word) PV_CHECKED;
 /* Was a block of 2 MiB a large page? Also where that cannot be read. */
-int pv_snapshot_large(const struct pv_snapshot *snapshot, uint64_t block);
+uint32_t pv_snapshot_large(const struct pv_snapshot *snapshot, uint64_t block);
 /* A row of BLOCKS, and the pages in its slots (PV_STORE_SLOTS of room). -EUCLEAN where they cannot be, or where INDEX
  * says otherwise; else as pv_section_need. */
 int pv_snapshot_block(const struct pv_snapshot *snapshot, uint64_t block, struct pv_stored *row,

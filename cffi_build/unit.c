@@ -42,10 +42,15 @@ static int gather(struct pv_engine *engine, uint64_t page, struct pv_unit *unit)
     return home_result(home->gather(home->self, page, engine->page_words[page] & ~PV_PAGE_FAILED, unit));
 }
 
-static int read_unit(struct pv_engine *engine, uint64_t page, const struct pv_unit *unit, const uint8_t **bytes)
+/* After an error the unit is empty: what has been read is not to be believed, by whoever goes on with `others`. */
+static int read_unit(struct pv_engine *engine, uint64_t page, struct others *others)
 {
     const struct pv_home *home = &engine->homes[page_home(engine, page)];
-    return home_result(home->read(home->self, unit, bytes));
+    int error = home_result(home->read(home->self, &others->unit, &others->bytes));
+    if (error)
+        others->unit.count = 0;
+    others->block = page / PV_BLOCK_PAGES;
+    return error;
 }
 
 static uint32_t place_in(const struct pv_unit *unit, uint64_t page)
@@ -60,13 +65,12 @@ static uint32_t place_in(const struct pv_unit *unit, uint64_t page)
 static int bring_unit(struct pv_engine *engine, uint64_t page, struct others *others, const uint64_t *wanted)
 {
     const struct pv_unit *unit = &others->unit;
-    int error = read_unit(engine, page, unit, &others->bytes);
+    int error = read_unit(engine, page, others);
     if (error)
         return error;
     uint32_t i = place_in(unit, page);
     if (i == unit->count)
         return -EUCLEAN;
-    others->block = page / PV_BLOCK_PAGES;
     error = put_pages(engine, page, 1, others->bytes + (size_t)i * PV_PAGE);
     error = error ? error : put_unit(engine, unit, others->bytes, others->block, wanted);
     return error ? error : PV_ANSWER_UNIT;
@@ -102,9 +106,10 @@ int bring_units(struct pv_engine *engine, uint64_t page, uint32_t count)
 {
     struct others others;
     int answer = PV_ANSWER_PAGES;
-    for (uint64_t end = page + count; answer >= 0 && page < end; page++)
-        if (page_home(engine, page) != PV_HOME_PRESENT)
-            answer = bring_one(engine, page, &others, NULL);
+    for (uint64_t end = page + count; page < end; page++) {
+        int one = page_home(engine, page) == PV_HOME_PRESENT ? 0 : bring_one(engine, page, &others, NULL);
+        answer = one < 0 && answer >= 0 ? one : answer; /* on to the others: what can come, does */
+    }
     return answer;
 }
 
@@ -122,6 +127,8 @@ int bring_whole(struct pv_engine *engine, uint64_t page)
     if (!to_be_large(engine, block) || block_away(engine, block) < PV_BLOCK_PAGES)
         return bring_units(engine, first, count);
     int answer = bring_block(engine, first);
+    if (answer < 0)
+        return bring_units(engine, first, count);
     if (answer == PV_ANSWER_BLOCK || answer == PV_ANSWER_COLLAPSED)
         block_flags(engine, block, 0, PV_BLOCK_BROKEN);
     return answer;
@@ -133,6 +140,13 @@ static uint32_t pages_here(const struct pv_unit *unit, uint64_t block)
     for (uint32_t i = 0; i < unit->count; i++)
         here += unit->pages[i] / PV_BLOCK_PAGES == block;
     return here;
+}
+
+/* What fails elsewhere in the block is for those who touch it. */
+static int bring_around(struct pv_engine *engine, uint64_t page)
+{
+    int answer = bring_whole(engine, page);
+    return answer < 0 && page_home(engine, page) == PV_HOME_PRESENT ? PV_ANSWER_PAGES : answer;
 }
 
 int bring_touched(struct pv_engine *engine, uint64_t page, struct others *others)
@@ -147,7 +161,7 @@ int bring_touched(struct pv_engine *engine, uint64_t page, struct others *others
     if (engine->record && pages_of_block(engine, block) - block_away(engine, block) < RECORD_PAGES)
         return bring_small(engine, page, 1);
     if (engine->record || engine->unit == PV_UNIT_LARGE || (adaptive && large && flags & PV_BLOCK_TOUCHED))
-        return bring_whole(engine, page);
+        return bring_around(engine, page);
     if (engine->unit == PV_UNIT_PAGE)
         return bring_small(engine, page, 1);
     int error = gather(engine, page, &others->unit);
@@ -157,7 +171,7 @@ int bring_touched(struct pv_engine *engine, uint64_t page, struct others *others
         return bring_small(engine, page, 1);
     if (adaptive && large && 2 * pages_here(&others->unit, block) >= PV_BLOCK_PAGES) {
         others->unit.count = 0;
-        return bring_whole(engine, page);
+        return bring_around(engine, page);
     }
     return bring_unit(engine, page, others, NULL);
 }
@@ -194,18 +208,34 @@ int pv_engine_prefetch(struct pv_engine *engine, const uint64_t *pages, uint64_t
     return 0;
 }
 
+/* Has what cannot be brought told as if it had been touched: the VM is paused, and pv_engine_retry clears it. */
+static int fill_block(struct pv_engine *engine, uint64_t page, uint32_t count)
+{
+    uint64_t block = page / PV_BLOCK_PAGES;
+    block_lock(engine, block);
+    int answer = block_away(engine, block) ? bring(engine, page, count) : 0;
+    while (answer < 0 && count && page_home(engine, page) == PV_HOME_PRESENT) {
+        page++;
+        count--;
+    }
+    if (answer < 0 && count && !(engine->page_words[page] & PV_PAGE_FAILED))
+        fail(engine, page, -answer);
+    block_unlock(engine, block);
+    return answer;
+}
+
 int pv_engine_fill(struct pv_engine *engine, uint64_t page, uint64_t count)
 {
+    int error = 0;
     for (uint64_t end = page + count; page < end;) {
         uint64_t next = (page / PV_BLOCK_PAGES + 1) * PV_BLOCK_PAGES, stop = next < end ? next : end;
         for (int tries = 0; tries < 1000 && __atomic_load_n(&engine->waiting, __ATOMIC_RELAXED); tries++)
             sched_yield(); /* not for ever: guests that always wait for something must not keep us from the rest */
-        int error = pv_engine_install(engine, page, stop - page);
-        if (error)
-            return error;
+        int answer = fill_block(engine, page, (uint32_t)(stop - page));
+        error = answer < 0 && !error ? answer : error;
         page = stop;
     }
-    return 0;
+    return error;
 }
 
 /* ---- what has come, in order ---- */

@@ -63,7 +63,7 @@ int pv_snapshot_page(const struct pv_snapshot *snapshot, uint64_t page, uint64_t
     }
 }
 
-int pv_snapshot_large(const struct pv_snapshot *snapshot, uint64_t block)
+uint32_t pv_snapshot_large(const struct pv_snapshot *snapshot, uint64_t block)
 {
     if (pv_section_need(snapshot, &snapshot->large, block / 8, 1))
         return 1;

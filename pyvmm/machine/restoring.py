@@ -93,7 +93,7 @@ def restore(
         else:
             _bring_entry(vm, snapshot)
         if prefetch or (fill and not record):
-            home.run_ahead(prefetch, fill and not record, fill_rate, vm.hold)
+            home.run_ahead(prefetch, fill and not record, fill_rate)
     except BaseException:
         vm.close()
         raise

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from pyvmm._native import lib
 from pyvmm.layout import BLOCK_SIZE, PAGE_SIZE, parse_size
 from pyvmm.snapshot.writer import Writer
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
         progress: Progress | None
 
 
+_HOLDS, _LARGE = lib.PV_HOLDS, lib.PV_HOLDS_LARGE
 _BLOCK_PAGES = BLOCK_SIZE // PAGE_SIZE
 _BLOCKS = 32
 """Blocks that are copied at a time: 64 MiB."""
@@ -52,16 +54,15 @@ def _write(
 ) -> None:
     """All RAM of a VM that stands still, by address, with the state that belongs to it."""
     blocks = -(-memory.size // BLOCK_SIZE)
-    holds = b"\1" * blocks if memory.hugetlb else memory.engine.holds()
-    looks = ["large"] * blocks if memory.hugetlb else memory.engine.looks()
+    holds = bytes([_HOLDS | _LARGE]) * blocks if memory.hugetlb else memory.engine.holds()
     with Writer(path, memory.size, block_size, codec) as writer:
         for first in range(0, blocks, _BLOCKS):
             for block in range(first, min(first + _BLOCKS, blocks)):
-                if holds[block]:
+                if holds[block] & _HOLDS:
                     _add(writer, memory, block)
             if progress is not None:
                 progress(min((first + _BLOCKS) * BLOCK_SIZE, memory.size), memory.size)
-        writer.finish(state, (block for block, look in enumerate(looks) if look == "large"))
+        writer.finish(state, (block for block, held in enumerate(holds) if held & _LARGE))
 
 
 def _add(writer: Writer, memory: GuestMemory, block: int) -> None:

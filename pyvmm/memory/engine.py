@@ -60,6 +60,7 @@ class Engine:
         self._idle = threading.Condition()
         self._equipping = threading.Lock()
         self._watcher: threading.Thread | None = None
+        self._retried = 0  # failures up to this one have been tried again
         self._homes: dict[int, tuple[Home, Native]] = {}
         self._native_homes: dict[int, NativeHome] = {}
         self._vcpus: list[CData] = []
@@ -125,7 +126,7 @@ class Engine:
     def _watch(self, native: CData) -> None:
         failure = ffi.new("struct pv_failure *")
         while lib.pv_engine_wait_failure(native, failure):
-            if self.on_failure is not None:
+            if self.on_failure is not None and failure.count > self._retried:
                 self.on_failure(self._fetch_error(int(failure.page), int(failure.home), int(failure.error)))
 
     def _fetch_error(self, page: int, home: int, number: int) -> FetchError:
@@ -161,8 +162,8 @@ class Engine:
         self._checked(self.call(lib.pv_engine_install, page, count), page, count)
 
     def fill(self, page: int, count: int) -> None:
-        """The same, but between blocks come the faults that wait. Raises FetchError."""
-        self._checked(self.call(lib.pv_engine_fill, page, count), page, count)
+        """The same, but faults that wait come between blocks; what cannot be brought is told as if it was touched."""
+        self.call(lib.pv_engine_fill, page, count)
 
     def prefetch(self, pages: CData, count: int, wanted: CData) -> None:
         """Brings pages (uint64_t[count]) in this order; wanted: a bit for each page that is still to be asked for.
@@ -266,7 +267,7 @@ class Engine:
     def retry(self) -> None:
         """Lets those go on who wait for a page that could not be brought back: they touch it again."""
         native = self._enter()
-        lib.pv_engine_retry(native)
+        self._retried = lib.pv_engine_retry(native)
         self._leave()
 
     # ---- blocks ----
@@ -326,7 +327,8 @@ class Engine:
         return [LOOKS[look] for look in looks]
 
     def holds(self) -> bytes:
-        """Of each block, 1 if it may hold anything but zeros, in the guest or in a home. The guest must stand still."""
+        """Of each block: PV_HOLDS if it may hold anything but zeros, in the guest or in a home, and PV_HOLDS_LARGE if
+        it is a large page, or is to come back as one. The guest must stand still."""
         blocks = bytearray(self._blocks)
         result = self.call(lib.pv_engine_holds, ffi.from_buffer("uint8_t[]", blocks), equip=False)
         check(result, "PAGEMAP_SCAN")

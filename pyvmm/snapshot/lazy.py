@@ -17,7 +17,7 @@ from pyvmm.snapshot.results import reason
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
 
     from pyvmm.memory import GuestMemory
     from pyvmm.snapshot.reader import Snapshot
@@ -106,22 +106,17 @@ class FileHome:
                 return
             self._memory.engine.prefetch(words + first, min(_STEP, len(order) - first), wanted)
 
-    def run_ahead(
-        self, prefetch: bool, fill: bool, rate: float | None, on_failure: Callable[[FetchError], None]
-    ) -> None:
+    def run_ahead(self, prefetch: bool = False, fill: bool = True, rate: float | None = None) -> None:
         """In a thread of its own: the working set, then all the rest by address, at most `rate` bytes a second of it.
-        A fault of the guest's goes between two blocks. on_failure: called where a page cannot be brought."""
+        Faults of the guest's go between two blocks. What cannot be brought pauses the VM, as if it had been touched."""
 
         def run() -> None:
-            try:
+            with suppress(MemoryAccessError):  # the VM is closed
                 if prefetch:
-                    self.prefetch()
+                    with suppress(FetchError):  # whoever touches the page, or fills, will say so
+                        self.prefetch()
                 if fill:
                     self._fill(rate)
-            except FetchError as error:
-                on_failure(error)
-            except MemoryAccessError:
-                pass  # the VM is closed
 
         thread = threading.Thread(target=run, name="snapshot filler", daemon=True)
         self._threads.append(thread)

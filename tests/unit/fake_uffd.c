@@ -382,7 +382,7 @@ void fake_put(uint64_t locator, uint64_t value) { shelf[locator] = value + 1; }
 
 /* ---- beginning and end ---- */
 
-static const struct pv_home home = {shelf_fetch, shelf_store, shelf_forget, NULL};
+static const struct pv_home home = {.fetch = shelf_fetch, .store = shelf_store, .forget = shelf_forget};
 
 struct pv_engine *fake_open(uint64_t pages, uint64_t small_blocks, uint32_t how)
 {
