@@ -186,6 +186,15 @@ int pv_uffd_bare(int fd, uint8_t *base, uint8_t *from, int move, uint64_t faults
 /* Reads one byte each `stride` bytes, `count` times: nanoseconds that took. */
 uint64_t pv_touch(const volatile uint8_t *at, uint64_t count, uint64_t stride);
 
+/* ---- measure.c: what benchmarks of snapshots need ---- */
+
+/* Waits until a word, that a guest writes, is `least` or more; or -ETIMEDOUT. Without the GIL: the page may be away. */
+int pv_wait_word(const uint64_t *at, uint64_t least, int64_t timeout_ns) PV_CHECKED;
+/* Puts the file's first `size` bytes, copied on write, where memory is mapped: lazy restore by the kernel alone. */
+int pv_map_private(void *address, size_t size, int fd) PV_CHECKED;
+/* How many pages of the file's first `size` bytes are in the page cache. */
+int pv_resident(int fd, size_t size, uint64_t *pages) PV_CHECKED;
+
 /* ---- engine.h: pages with homes ---- */
 
 #include "engine.h"

@@ -23,10 +23,13 @@ BENCHMARKS = {
     "traces": "write traces: the guest's speed, stalls at the installation, bytes reported",
     "faults": "pages taken out of a guest and brought back, beside a bare userfaultfd loop",
     "idle": "the memory engine while it does nothing; blocks split, merged and broken",
+    "restore": "a restored guest's first instruction, and how soon it touches its RAM",
+    "blocks": "lazy restore from storage blocks of each size and codec",
+    "save": "a VM saved: speed with each codec, beside write(); the guest's stall",
     "storage": "a snapshot file written and read with each codec: plain write() and read() of the same bytes",
 }
 # Those that have measure(quick=True): little memory and few rounds.
-QUICK = ("traces", "faults", "idle")
+QUICK = ("traces", "faults", "idle", "restore", "blocks", "save")
 
 
 def run(args: Arguments) -> int:

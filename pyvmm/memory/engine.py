@@ -188,6 +188,10 @@ class Engine:
         self._native_homes[number] = home
         self._serve(number, home.struct)
 
+    def native_home(self, name: str) -> NativeHome | None:
+        """What set_native_home() was given for this name."""
+        return self._native_homes.get(self._home_number(name))
+
     def _serve(self, number: int, struct: CData) -> None:
         handle = self._enter()
         try:

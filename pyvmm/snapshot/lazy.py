@@ -52,6 +52,11 @@ class FileHome:
         """Storage blocks read so far."""
         return int(self._native.reads)
 
+    @property
+    def bytes_read(self) -> int:
+        """Their bytes, as they are stored."""
+        return int(self._native.bytes_read)
+
     def explain(self, number: int) -> str:
         """What an errno of a failed fetch means."""
         return f"{self._snapshot.name}: {reason(number)}"

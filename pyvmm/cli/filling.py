@@ -1,0 +1,164 @@
+# filling.py: `pyvmm restore --lazy --map`: where a guest's RAM is while it comes. On stderr: stdout is the guest's.
+"""A map that is redrawn on a terminal; elsewhere the map at the beginning, in the middle and at the end."""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import contextmanager
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
+from pyvmm.cli.picture import BlockMap, nanoseconds
+from pyvmm.layout import PAGE_SIZE, format_size
+from pyvmm.machine import VM, RunResult
+from pyvmm.snapshot.lazy import FileHome
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from rich.console import RenderableType
+
+    from pyvmm.memory.counts import PageCounts
+
+INTERVAL = 0.1
+"""Seconds between two maps on a terminal."""
+_LOOK = 0.0005
+"""Seconds between two looks for the first work, and for the middle where no map is redrawn."""
+_ROWS = 8
+_LINE = 4096
+"""Characters of the guest's that are held back as an unfinished line."""
+
+
+class Filling:
+    """One VM that is restored lazily. begin: when its restoring was asked for, by time.perf_counter().
+
+    To be made when the VM has not started: what work it had done by then is read.
+    """
+
+    def __init__(self, vm: VM, begin: float) -> None:
+        self._vm = vm
+        self._begin = begin
+        self._count = vm.progress().count
+        self._first_work: float | None = None
+        self._console = Console(stderr=True, highlight=False)
+
+    def wait(self, timeout: float | None) -> RunResult | None:
+        """Draws until all has come: None. Or until the guest has ended, or `timeout` seconds have passed, as
+        vm.wait() does."""
+        end = time.monotonic() + (1e9 if timeout is None else timeout)
+        result = self._see_first_work(end)
+        if result is None:
+            result = self._live(end) if self._console.is_terminal else self._plain(end)
+        self._say_sum()
+        return result
+
+    def _see_first_work(self, end: float) -> RunResult | None:
+        """Draws nothing meanwhile, and not for long: the guest may sleep."""
+        result, due = None, time.monotonic() + INTERVAL
+        while self._first_work is None and result is None and time.monotonic() < due:
+            result = self._step(_LOOK, end)
+        return result
+
+    def _step(self, seconds: float, end: float) -> RunResult | None:
+        """Lets the guest run. What wait() is to return if that is the end of it."""
+        result = self._vm.wait(max(min(seconds, end - time.monotonic()), 0))
+        if self._first_work is None and self._vm.progress().count != self._count:
+            self._first_work = time.perf_counter() - self._begin
+        return result if result.reason != "timeout" or time.monotonic() >= end else None
+
+    # ---- on a terminal ----
+
+    def _live(self, end: float) -> RunResult | None:
+        printed = _Printed(self._console)
+        result = None
+        with (
+            Live(console=self._console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False) as live,
+            _taken_from(self._vm, printed if os.isatty(1) else None),
+        ):
+            while result is None:
+                counts = self._vm.memory.pages()
+                live.update(Group(*printed.rest(), *self._picture(counts)), refresh=True)
+                if not counts.homes["file"]:
+                    break
+                result = self._step(INTERVAL, end)
+            live.update(Group(*self._picture(self._vm.memory.pages())), refresh=True)
+        # What the guest has not ended with a newline is the terminal's again, below the map.
+        printed.give_back()
+        return result
+
+    # ---- elsewhere ----
+
+    def _plain(self, end: float) -> RunResult | None:
+        for share in (1.0, 0.5, 0.0):
+            result, counts = None, self._vm.memory.pages()
+            while counts.homes["file"] > share * counts.total and result is None:
+                result = self._step(_LOOK, end)
+                counts = self._vm.memory.pages()
+            for each in self._picture(counts):
+                self._console.print(each)
+            if result is not None:
+                return result
+        return None
+
+    # ---- both ----
+
+    def _picture(self, counts: PageCounts) -> tuple[RenderableType, ...]:
+        seconds = time.perf_counter() - self._begin
+        left = counts.homes["file"]
+        text = f"{nanoseconds(seconds * 1e9)}: {left:,} of {counts.total:,} pages are in the file"
+        return Text(text, "bold"), BlockMap(self._vm.memory.engine.looks(), self._vm.memory.regions, _ROWS)
+
+    def _say_sum(self) -> None:
+        seconds = time.perf_counter() - self._begin
+        home, stats = self._vm.memory.engine.native_home("file"), self._vm.memory.engine.stats()
+        assert isinstance(home, FileHome)
+        counts = self._vm.memory.pages()
+        came = format_size((counts.total - counts.homes["file"]) * PAGE_SIZE)
+        first = "no work yet" if self._first_work is None else f"first work after {nanoseconds(self._first_work * 1e9)}"
+        text = f"{first}; {came} came within {nanoseconds(seconds * 1e9)}"
+        reads = f"{home.reads:,} reads of storage blocks, {stats.faults:,} faults"
+        self._console.print(Text(f"pyvmm: {text}: {reads}"), soft_wrap=True)
+
+
+class _Printed:
+    """What the guest prints while a map is drawn on the same terminal: whole lines go above the map."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._line = ""
+        self.output: Callable[[bytes], None] = lambda data: None
+
+    def add(self, data: bytes) -> None:
+        """The serial port's output, on a vCPU's thread."""
+        *lines, self._line = (self._line + data.decode("utf-8", "replace")).split("\n")
+        if len(self._line) > _LINE:
+            lines, self._line = [*lines, self._line], ""
+        for line in lines:
+            self._console.print(Text.from_ansi(line), soft_wrap=True)
+
+    def rest(self) -> list[Text]:
+        """The line that has no end yet."""
+        return [Text.from_ansi(self._line)] if self._line else []
+
+    def give_back(self) -> None:
+        """Prints that line as it is."""
+        if self._line:
+            self.output(self._line.encode())
+
+
+@contextmanager
+def _taken_from(vm: VM, printed: _Printed | None) -> Iterator[None]:
+    """Has `printed` get what the guest prints within the `with`."""
+    if printed is None:
+        yield
+        return
+    printed.output = vm.serial.output
+    vm.serial.output = printed.add
+    try:
+        yield
+    finally:
+        vm.serial.output = printed.output
