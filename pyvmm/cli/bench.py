@@ -49,11 +49,16 @@ def run(args: Arguments) -> int:
         json.dump({"benchmark": name, "results": [_as_json(result) for result in results]}, sys.stdout)
         print()
         return 0
+    show(name, results)
+    return 0
+
+
+def show(name: str, results: list[Result]) -> None:
+    """Prints a benchmark's tables."""
     output = Output()
     output.print(Text(BENCHMARKS[name], "bold"))
     for group, rows in grouped(results).items():
         output.print(_table(group, rows))
-    return 0
 
 
 def _as_json(result: Result) -> dict[str, object]:

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
-from contextlib import contextmanager
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -18,10 +18,12 @@ from pyvmm.snapshot.lazy import FileHome
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from types import TracebackType
+    from typing import Self
 
     from rich.console import RenderableType
 
+    from pyvmm.devices.serial import Serial
     from pyvmm.memory.counts import PageCounts
 
 INTERVAL = 0.1
@@ -51,9 +53,13 @@ class Filling:
         vm.wait() does."""
         end = time.monotonic() + (1e9 if timeout is None else timeout)
         result = self._see_first_work(end)
-        if result is None:
-            result = self._live(end) if self._console.is_terminal else self._plain(end)
-        self._say_sum()
+        if self._console.is_terminal:
+            with Printed(self._console, self._vm.serial if os.isatty(1) else None) as printed:
+                result = self._live(end, printed) if result is None else result
+                self._say_sum()
+        else:
+            result = self._plain(end) if result is None else result
+            self._say_sum()
         return result
 
     def _see_first_work(self, end: float) -> RunResult | None:
@@ -72,22 +78,16 @@ class Filling:
 
     # ---- on a terminal ----
 
-    def _live(self, end: float) -> RunResult | None:
-        printed = _Printed(self._console)
+    def _live(self, end: float, printed: Printed) -> RunResult | None:
         result = None
-        with (
-            Live(console=self._console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False) as live,
-            _taken_from(self._vm, printed if os.isatty(1) else None),
-        ):
+        with Live(console=self._console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False) as live:
             while result is None:
                 counts = self._vm.memory.pages()
-                live.update(Group(*printed.rest(), *self._picture(counts)), refresh=True)
+                live.update(Group(*printed.line(), *self._picture(counts)), refresh=True)
                 if not counts.homes["file"]:
-                    break
+                    return None
                 result = self._step(INTERVAL, end)
             live.update(Group(*self._picture(self._vm.memory.pages())), refresh=True)
-        # What the guest has not ended with a newline is the terminal's again, below the map.
-        printed.give_back()
         return result
 
     # ---- elsewhere ----
@@ -124,41 +124,43 @@ class Filling:
         self._console.print(Text(f"pyvmm: {text}: {reads}"), soft_wrap=True)
 
 
-class _Printed:
-    """What the guest prints while a map is drawn on the same terminal: whole lines go above the map."""
+class Printed:
+    """A context manager: what the guest prints within it, while a map is drawn on the same terminal. Whole lines go
+    above the map; what is no line yet is printed as it is at the end. serial: None where the guest prints elsewhere.
+    """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, serial: Serial | None) -> None:
         self._console = console
+        self._serial = serial
+        self._lock = threading.Lock()
         self._line = ""
-        self.output: Callable[[bytes], None] = lambda data: None
+        self._ended = False
 
-    def add(self, data: bytes) -> None:
-        """The serial port's output, on a vCPU's thread."""
-        *lines, self._line = (self._line + data.decode("utf-8", "replace")).split("\n")
-        if len(self._line) > _LINE:
-            lines, self._line = [*lines, self._line], ""
-        for line in lines:
-            self._console.print(Text.from_ansi(line), soft_wrap=True)
+    def __enter__(self) -> Self:
+        if self._serial is not None:
+            self._output = self._serial.output
+            self._serial.output = self._add
+        return self
 
-    def rest(self) -> list[Text]:
-        """The line that has no end yet."""
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self._serial is not None:
+            with self._lock:  # a vCPU's thread may be about to call _add()
+                self._output(self._line.encode())
+                self._ended = True
+            self._serial.output = self._output
+
+    def line(self) -> list[Text]:
+        """The line that has no end yet, if there is one."""
         return [Text.from_ansi(self._line)] if self._line else []
 
-    def give_back(self) -> None:
-        """Prints that line as it is."""
-        if self._line:
-            self.output(self._line.encode())
-
-
-@contextmanager
-def _taken_from(vm: VM, printed: _Printed | None) -> Iterator[None]:
-    """Has `printed` get what the guest prints within the `with`."""
-    if printed is None:
-        yield
-        return
-    printed.output = vm.serial.output
-    vm.serial.output = printed.add
-    try:
-        yield
-    finally:
-        vm.serial.output = printed.output
+    def _add(self, data: bytes) -> None:
+        """The serial port's output, on a vCPU's thread."""
+        with self._lock:
+            if self._ended:
+                self._output(data)
+                return
+            *lines, self._line = (self._line + data.decode("utf-8", "replace")).split("\n")
+            if len(self._line) > _LINE:
+                lines, self._line = [*lines, self._line], ""
+            for line in lines:
+                self._console.print(Text.from_ansi(line), soft_wrap=True)
