@@ -30,21 +30,24 @@ CONTENTS = ("random", "half zeros", "half text")
 MODES: dict[str, dict[str, object]] = {"paused": {}, "live": {"mode": "live"}}
 _LIMIT = "write() and fsync()"
 _BETWEEN = 0.1
+"""Seconds in which the guest is at work again."""
 
 
 class Size(Record):
-    """memory: RAM of the VM whose saving is timed; running: of the guest whose stalls are; rounds: of each."""
+    """memory: RAM of the VM whose saving is timed; running: of the guest whose stalls are; rounds: of each; rest:
+    seconds before each save, for the disk's own cache: what one side leaves there would slow whoever comes next."""
 
-    __slots__ = ("memory", "rounds", "running")
+    __slots__ = ("memory", "rest", "rounds", "running")
 
-    def __init__(self, memory: int, running: int, rounds: int) -> None:
+    def __init__(self, memory: int, running: int, rounds: int, rest: float) -> None:
         self.memory = memory
         self.running = running
         self.rounds = rounds
+        self.rest = rest
 
 
-FULL = Size(384 * MIB, GIB, 5)
-QUICK = Size(6 * MIB, 8 * MIB, 1)
+FULL = Size(192 * MIB, GIB, 7, 0.3)
+QUICK = Size(6 * MIB, 8 * MIB, 1, 0.0)
 
 
 def measure(quick: bool = False) -> list[Result]:
@@ -73,9 +76,9 @@ def _speeds(found: Collected, content: str, size: Size) -> None:
             for codec in codecs:
                 sides[codec] = lambda file, codec=codec: vm.snapshot(file, codec=codec)  # type: ignore[misc]
             for turn in range(size.rounds + 1):
-                # There and back, since what a side leaves to the disk's own cache slows whoever comes next.
-                for name, side in list(sides.items())[:: -1 if turn % 2 else 1]:
+                for name, side in sides.items():
                     file = os.path.join(path, name.split()[0])
+                    time.sleep(size.rest)
                     begin = time.perf_counter()
                     side(file)
                     seconds = time.perf_counter() - begin
@@ -120,7 +123,7 @@ def _stalls(found: Collected, size: Size) -> None:
         vm.resume()
         for turn in range(size.rounds + 1):
             for name, options in modes.items():
-                stall, took, said = _stall(vm, os.path.join(path, name), options)
+                stall, took, said = _stall(vm, os.path.join(path, name), options, size.rest)
                 if not turn:
                     continue
                 found.add(f"{group}: its longest stall in a save", name, "s", stall)
@@ -129,9 +132,9 @@ def _stalls(found: Collected, size: Size) -> None:
                     found.add(f"{group}: the pause that vm.snapshot() says", name, "s", said)
 
 
-def _stall(vm: VM, path: str, options: dict[str, object]) -> tuple[float, float, float | None]:
+def _stall(vm: VM, path: str, options: dict[str, object], rest: float) -> tuple[float, float, float | None]:
     """(the guest's longest stall, seconds of the save, the pause that vm.snapshot() tells, if it tells one)."""
-    run_on(vm, _BETWEEN)
+    run_on(vm, max(rest, _BETWEEN))
     reset_gaps(vm)
     snapshot: Callable[..., Any] = vm.snapshot
     begin = time.perf_counter()
