@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pyvmm._native import ffi, lib
 from pyvmm.errors import HostError, check
-from pyvmm.layout import BLOCK_SIZE, MIB, PAGE_SIZE, Gpa, format_size
+from pyvmm.layout import BLOCK_SIZE, KIB, MIB, PAGE_SIZE, Gpa, format_size
 from pyvmm.machine import VM
 from pyvmm.memory import GuestMemory
 from pyvmm.snapshot import Snapshot
@@ -266,6 +266,13 @@ def bring(*paths: str) -> None:
         with open(path, "rb", buffering=0) as file:
             while file.read(4 * MIB):
                 pass
+
+
+def has_memory(size: int) -> bool:
+    """Can the host spare so much, and a little more?"""
+    with open("/proc/meminfo") as file:
+        available = next(int(line.split()[1]) * KIB for line in file if line.startswith("MemAvailable:"))
+    return size + size // 8 < available
 
 
 def warm_host(size: int) -> None:

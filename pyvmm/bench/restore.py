@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import time
+from mmap import mmap
 from typing import TYPE_CHECKING
 
 from pyvmm.bench import Collected, Result
@@ -22,6 +23,7 @@ from pyvmm.bench.checkpoints import (
     checkpoint,
     evict,
     folder,
+    has_memory,
     large_at_last,
     resident,
     restore_mapped,
@@ -29,7 +31,7 @@ from pyvmm.bench.checkpoints import (
     waiting,
     warm_host,
 )
-from pyvmm.layout import GIB, MIB, format_size
+from pyvmm.layout import GIB, MIB, PAGE_SIZE, format_size
 from pyvmm.machine import VM
 from pyvmm.record import Record
 
@@ -53,27 +55,32 @@ TASKS = {
 START: RestoreOptions = {"lazy": True}
 """How a guest is restored whose first instruction is waited for."""
 
+_LIMIT = "pread() of as much"
+"""Into memory that is there: of a task that needs all of it, a limit."""
 _WARM_FOR_START = 64 * MIB
 
 
 class Size(Record):
-    """starts: RAM of the guests whose start is timed; region of memory: what a guest touches, and its RAM; rounds."""
+    """starts: RAM of the guests whose start is timed; region of memory: what a guest touches, and its RAM; tasks: of
+    TASKS; rounds."""
 
-    __slots__ = ("memory", "region", "rounds", "starts")
+    __slots__ = ("memory", "region", "rounds", "starts", "tasks")
 
-    def __init__(self, starts: tuple[int, ...], region: int, memory: int, rounds: int) -> None:
+    def __init__(self, starts: tuple[int, ...], region: int, memory: int, tasks: tuple[str, ...], rounds: int) -> None:
         self.starts = starts
         self.region = region
         self.memory = memory
+        self.tasks = tasks
         self.rounds = rounds
 
 
-FULL = Size((256 * MIB, GIB, 4 * GIB), 256 * MIB, 320 * MIB, 5)
-QUICK = Size((8 * MIB, 16 * MIB), 4 * MIB, 10 * MIB, 1)
+FULL = Size((256 * MIB, GIB, 4 * GIB), 256 * MIB, 320 * MIB, tuple(TASKS), 5)
+QUICK = Size((8 * MIB, 16 * MIB), 4 * MIB, 10 * MIB, ("dense writes", "1 page in 64, reads"), 1)
 
 
 def measure(quick: bool = False) -> list[Result]:
     """Starts: with the file in the page cache. The first work is seen in the progress page, which is brought for that.
+    A size that the host's memory has no room for is left out.
 
     Tasks: from the call to the end of the guest's pass over the region; of a cold file, which has just been dropped
     from the page cache (left out where the host cannot), with all reads from the disk. "read from the disk": what is in
@@ -84,8 +91,8 @@ def measure(quick: bool = False) -> list[Result]:
     size = QUICK if quick else FULL
     found = Collected()
     _starts(found, size)
-    for task, append in TASKS.items():
-        _tasks(found, task, append, size)
+    for task in size.tasks:
+        _tasks(found, task, TASKS[task], size)
     return found.results()
 
 
@@ -95,7 +102,7 @@ def measure(quick: bool = False) -> list[Result]:
 def _starts(found: Collected, size: Size) -> None:
     with folder(2 * sum(size.starts)) as path:
         files = {}
-        for memory in size.starts:
+        for memory in filter(has_memory, size.starts):
             files[memory] = os.path.join(path, format_size(memory))
             with waiting(memory, "read=1 touches=1") as vm:
                 vm.snapshot(files[memory])
@@ -103,7 +110,9 @@ def _starts(found: Collected, size: Size) -> None:
             for memory, file in files.items():
                 entered, worked = _start(file)
                 process = _process(file)
+                alone = _make(memory)
                 if turn:  # the round before warms up
+                    found.add("VM() alone", format_size(memory), "s", alone)
                     found.add("VM.restore() to the first entry into the guest", format_size(memory), "s", entered)
                     found.add("VM.restore() to the guest's first work", format_size(memory), "s", worked)
                     found.add("`pyvmm restore` to the first byte", format_size(memory), "s", process)
@@ -119,6 +128,13 @@ def _start(file: str) -> tuple[float, float]:
         entered = _entered(vm)
         await_work(vm, "count", 1)
         return entered - begin, time.perf_counter() - begin
+
+
+def _make(memory: int) -> float:
+    """Seconds of VM(): what restoring cannot be faster than."""
+    begin = time.perf_counter()
+    with VM(memory):
+        return time.perf_counter() - begin
 
 
 def _entered(vm: VM) -> float:
@@ -165,6 +181,8 @@ def _tasks(found: Collected, task: str, append: str, size: Size) -> None:
                 outcome, read, _ = _task(saved, options, size.memory)
                 found.add(f"{task}, cold file", way, "s", outcome.seconds)
                 found.add(f"{task}, cold file: read from the disk", way, "MiB", read / MIB)
+            if turn and "stride" not in append:
+                _limits(found, task, saved.raw, size.region, cold)
 
 
 def _task(saved: Checkpoint, options: RestoreOptions | None, memory: int) -> tuple[Task, int, int]:
@@ -175,6 +193,25 @@ def _task(saved: Checkpoint, options: RestoreOptions | None, memory: int) -> tup
     with vm:
         read = resident(file)
         return task, read, large_at_last(vm)
+
+
+def _limits(found: Collected, task: str, file: str, size: int, cold: bool) -> None:
+    bring(file)
+    found.add(f"{task}, warm file", _LIMIT, "s", _read(file, size))
+    if cold:
+        evict(file)
+        found.add(f"{task}, cold file", _LIMIT, "s", _read(file, size))
+
+
+def _read(file: str, size: int) -> float:
+    with mmap(-1, size) as memory, memoryview(memory) as view, open(file, "rb") as source:
+        for at in range(0, size, PAGE_SIZE):
+            memory[at] = 1
+        begin = time.perf_counter()
+        for at in range(0, size, MIB):
+            with view[at : at + MIB] as piece:
+                os.preadv(source.fileno(), [piece], at)
+        return time.perf_counter() - begin
 
 
 def _costs(found: Collected, group: str, way: str, saved: Checkpoint, task: Task, large: int) -> None:

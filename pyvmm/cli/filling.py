@@ -11,7 +11,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from pyvmm.cli.picture import BlockMap, nanoseconds
+from pyvmm.cli.picture import ROWS, BlockMap, nanoseconds
 from pyvmm.layout import PAGE_SIZE, format_size
 from pyvmm.machine import VM, RunResult
 from pyvmm.snapshot.lazy import FileHome
@@ -31,6 +31,9 @@ INTERVAL = 0.1
 _LOOK = 0.0005
 """Seconds between two looks for the first work, and for the middle where no map is redrawn."""
 _ROWS = 8
+"""Of a map that goes elsewhere."""
+_OTHER_LINES = 6
+"""Of a terminal, which are not the map's rows: a map that is redrawn must fit."""
 _LINE = 4096
 """Characters of the guest's that are held back as an unfinished line."""
 
@@ -47,6 +50,7 @@ class Filling:
         self._count = vm.progress().count
         self._first_work: float | None = None
         self._console = Console(stderr=True, highlight=False)
+        self._rows = max(min(ROWS, self._console.height - _OTHER_LINES), 1) if self._console.is_terminal else _ROWS
 
     def wait(self, timeout: float | None) -> RunResult | None:
         """Draws until all has come: None. Or until the guest has ended, or `timeout` seconds have passed, as
@@ -110,7 +114,7 @@ class Filling:
         seconds = time.perf_counter() - self._begin
         left = counts.homes["file"]
         text = f"{nanoseconds(seconds * 1e9)}: {left:,} of {counts.total:,} pages are in the file"
-        return Text(text, "bold"), BlockMap(self._vm.memory.engine.looks(), self._vm.memory.regions, _ROWS)
+        return Text(text, "bold"), BlockMap(self._vm.memory.engine.looks(), self._vm.memory.regions, self._rows)
 
     def _say_sum(self) -> None:
         seconds = time.perf_counter() - self._begin

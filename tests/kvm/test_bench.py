@@ -62,7 +62,8 @@ RESULTS = {
     ],
     "restore": [
         ("VM.restore() to the guest's first work", "16M"),
-        ("dense writes, warm file", "mmap(MAP_PRIVATE)"),
+        ("VM() alone", "8M"),
+        ("dense writes, warm file", "pread() of as much"),
         ("1 page in 64, reads, warm file", "lazy, fill none"),
     ],
     "blocks": [
