@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from pyvmm._native import lib
 from pyvmm.bench import Collected, Result
-from pyvmm.bench.checkpoints import bring, evict, folder, run_task, waiting, warm_host
+from pyvmm.bench.checkpoints import bring, evict, folder, require_cold, run_task, waiting, warm_host
 from pyvmm.layout import MIB, format_size
 from pyvmm.machine import VM
 from pyvmm.record import Record
@@ -82,7 +82,7 @@ def _one(found: Collected, group: str, name: str, file: str, options: RestoreOpt
     if state == "warm":
         bring(file)
     else:
-        evict(file)
+        require_cold(file)
     warm_host(memory)
     vm, task = run_task(lambda: VM.restore(file, **options))
     vm.close()

@@ -32,7 +32,8 @@ _PATIENCE = 60
 _LOOK = 0.2
 """Seconds after which the waiting thread sees Ctrl-C, and why a VM was paused."""
 _BOOT = 0.001
-_DROPS = 5
+_DROP_SECONDS = 5
+"""In which the kernel has given up whatever keeps a page of a file that nobody uses."""
 _ROTATION = 4104
 """Bytes by which one block's noise is that of the block before, rotated: no two pages are the same."""
 
@@ -251,13 +252,17 @@ def evict(*paths: str) -> bool:
     """Takes files, that are on the disk, out of the page cache. False where the host keeps some (tmpfs does)."""
     for path in paths:
         with open(path, "rb") as file:
-            for _ in range(_DROPS):
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-                if not resident(path):
-                    break
-            else:
-                return False
-    return True
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return not any(map(resident, paths))
+
+
+def require_cold(path: str) -> None:
+    """The same of a file for which it has worked before. Raises HostError where it does no longer."""
+    end = time.monotonic() + _DROP_SECONDS
+    while not evict(path):
+        if time.monotonic() > end:
+            raise HostError(f"{path} does not leave the page cache: does another program have it open?")
+        time.sleep(_LOOK)
 
 
 def bring(*paths: str) -> None:

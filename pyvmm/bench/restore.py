@@ -25,6 +25,7 @@ from pyvmm.bench.checkpoints import (
     folder,
     has_memory,
     large_at_last,
+    require_cold,
     resident,
     restore_mapped,
     run_task,
@@ -177,7 +178,7 @@ def _tasks(found: Collected, task: str, append: str, size: Size) -> None:
                     found.add(f"{task}, warm file", way, "s", outcome.seconds)
                     _costs(found, f"{task}, warm file: what it took", way, saved, outcome, large)
             for way, options in WAYS.items() if cold and turn else ():
-                evict(*files)
+                require_cold(saved.raw if options is None else saved.path)
                 outcome, read, _ = _task(saved, options, size.memory)
                 found.add(f"{task}, cold file", way, "s", outcome.seconds)
                 found.add(f"{task}, cold file: read from the disk", way, "MiB", read / MIB)
@@ -199,7 +200,7 @@ def _limits(found: Collected, task: str, file: str, size: int, cold: bool) -> No
     bring(file)
     found.add(f"{task}, warm file", _LIMIT, "s", _read(file, size))
     if cold:
-        evict(file)
+        require_cold(file)
         found.add(f"{task}, cold file", _LIMIT, "s", _read(file, size))
 
 
