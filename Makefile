@@ -22,7 +22,7 @@ setup: build ## virtual environment in .venv, with pyvmm on its path
 build: $(VENV)/.ready ## compile what has changed: the C extension and the guests
 	@$(BIN)/python cffi_build/build.py
 
-demo: build ## run guests and look at them
+demo: build ## run guests, look at them, save and restore one
 	@BIN=$(BIN) sh .ci/demo
 
 test: build ## run the tests

@@ -15,7 +15,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 SOURCES = (
-    "run.c", "map.c", "sys.c", "bits.c", "ring.c", "bare.c",
+    "run.c", "map.c", "sys.c", "bits.c", "ring.c", "bare.c", "measure.c",
     "engine.c", "pagemap.c", "uffd.c", "fault.c", "install.c", "remove.c", "blocks.c", "unit.c", "coarse.c",
     "filehome.c",
     "checksum.c", "codec.c", "pack.c", "unpack.c",

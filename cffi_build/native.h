@@ -58,6 +58,7 @@ struct pv_vcpu {
     uint64_t stretch_began; /* since it was last unparked, CLOCK_MONOTONIC in ns; 0: parked, ended or not begun */
     uint64_t stretch_awake; /* ns that the thread had been awake by then */
     uint64_t asleep_ns;     /* in earlier stretches */
+    uint64_t entered;       /* when it first went to KVM_RUN, likewise; 0: not yet */
 };
 
 /* Runs until Python must decide: returns PV_RUN_*, or -errno of KVM_RUN. Obeys `request`; parks in here on PAUSE.
@@ -185,6 +186,15 @@ int pv_rings_collect(struct pv_rings *rings, uint64_t *bits, int64_t timeout_ns)
 int pv_uffd_bare(int fd, uint8_t *base, uint8_t *from, int move, uint64_t faults, uint64_t *nanoseconds) PV_CHECKED;
 /* Reads one byte each `stride` bytes, `count` times: nanoseconds that took. */
 uint64_t pv_touch(const volatile uint8_t *at, uint64_t count, uint64_t stride);
+
+/* ---- measure.c: what benchmarks of snapshots need ---- */
+
+/* Waits until a word, that a guest writes, is `least` or more; or -ETIMEDOUT. Without the GIL: the page may be away. */
+int pv_wait_word(const uint64_t *at, uint64_t least, int64_t timeout_ns) PV_CHECKED;
+/* Puts the file's first `size` bytes, copied on write, where memory is mapped: lazy restore by the kernel alone. */
+int pv_map_private(void *address, size_t size, int fd) PV_CHECKED;
+/* How many pages of the file's first `size` bytes are in the page cache. */
+int pv_resident(int fd, size_t size, uint64_t *pages) PV_CHECKED;
 
 /* ---- engine.h: pages with homes ---- */
 

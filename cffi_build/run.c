@@ -203,6 +203,7 @@ int pv_run(struct pv_vcpu *vcpu)
         block_foreign_signals();
         __atomic_store_n(&vcpu->tid, tid, __ATOMIC_SEQ_CST);
         stretch_begins(vcpu);
+        vcpu->entered = vcpu->entered ? vcpu->entered : vcpu->stretch_began;
     }
     set_place(vcpu, PV_PLACE_RUNNING);
     int result = run_loop(vcpu);

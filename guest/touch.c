@@ -21,9 +21,16 @@ GUEST("touch", "writes or reads memory by a pattern, at a rate",
       "passes=N times the slots' number of touches, then the end (default 0 = for ever)\n"
       "touches=N of all CPUs together, then the end (default 0 = for ever)\n"
       "read=1 read, do not write (default 0)\n"
-      "gaps=1 keep the longest time between two touches of a CPU, for the host (default 0)\n");
+      "gaps=1 keep the longest time between two touches of a CPU, for the host (default 0)\n"
+      "wait=1 wait for a byte on the serial port before the first touch (default 0)\n");
 
 #define BURSTS_A_MS 100 /* pacing looks at the clock no more often */
+
+#define UART_RBR PV_PORT_SERIAL
+#define UART_IER (PV_PORT_SERIAL + 1)
+#define UART_LSR (PV_PORT_SERIAL + 5)
+#define IER_RDI 1
+#define LSR_DATA_READY 1
 
 static enum { SEQUENTIAL, UNIFORM, ZIPF, HOTSET } pattern;
 static struct region region;
@@ -217,6 +224,16 @@ static void parse_region(void)
     progress->region_size = size;
 }
 
+/* A host that wants to see the first touch, such as in a VM that it restores, keeps the guest here until then. */
+static void wait_for_byte(void)
+{
+    out8(UART_IER, IER_RDI); /* says that somebody listens; OUT2 is off, so that no interrupt comes */
+    while (!(in8(UART_LSR) & LSR_DATA_READY))
+        __builtin_ia32_pause();
+    (void)in8(UART_RBR);
+    out8(UART_IER, 0);
+}
+
 int guest_main(void)
 {
     progress->seed = seed = option_number("seed", 1);
@@ -240,6 +257,8 @@ int guest_main(void)
     progress->tsc_khz = keeps_gaps ? tsc_per_ms : 0;
     progress->cpus = threads;
     progress->status = PV_STATUS_RUNNING;
+    if (option_number("wait", 0))
+        wait_for_byte();
     uint64_t began = ticks();
     on_all_cpus(threads, work);
     uint64_t ms = (ticks() - began) / tsc_per_ms;

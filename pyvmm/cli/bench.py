@@ -23,10 +23,13 @@ BENCHMARKS = {
     "traces": "write traces: the guest's speed, stalls at the installation, bytes reported",
     "faults": "pages taken out of a guest and brought back, beside a bare userfaultfd loop",
     "idle": "the memory engine while it does nothing; blocks split, merged and broken",
+    "restore": "a restored guest's first instruction, and how soon it touches its RAM",
+    "blocks": "lazy restore from storage blocks of each size and codec",
+    "save": "a VM saved: speed with each codec, beside write(); the guest's stall",
     "storage": "a snapshot file written and read with each codec: plain write() and read() of the same bytes",
 }
 # Those that have measure(quick=True): little memory and few rounds.
-QUICK = ("traces", "faults", "idle")
+QUICK = ("traces", "faults", "idle", "restore", "blocks", "save")
 
 
 def run(args: Arguments) -> int:
@@ -46,11 +49,16 @@ def run(args: Arguments) -> int:
         json.dump({"benchmark": name, "results": [_as_json(result) for result in results]}, sys.stdout)
         print()
         return 0
+    show(name, results)
+    return 0
+
+
+def show(name: str, results: list[Result]) -> None:
+    """Prints a benchmark's tables."""
     output = Output()
     output.print(Text(BENCHMARKS[name], "bold"))
     for group, rows in grouped(results).items():
         output.print(_table(group, rows))
-    return 0
 
 
 def _as_json(result: Result) -> dict[str, object]:

@@ -93,6 +93,7 @@ COMMANDS = (
         Option("file", "a snapshot", metavar="FILE"),
         Option("--lazy", "run at once, and read RAM when it is touched", bool),
         Option("--fill", "with --lazy: bring all the rest meanwhile, or none", default="all", choices=("all", "none")),
+        Option("--map", "with --lazy: show where RAM is while it comes", bool),
         _PAGES,
         Option("--timeout", "end the guest then, with status 124", float, metavar="SECONDS"),
         Option("--stats", "print exits, mappings and rates at the end", bool),

@@ -3,18 +3,46 @@
 
 from __future__ import annotations
 
+import time
+
 from pyvmm.cli.run import Watched
-from pyvmm.machine import VM
+from pyvmm.errors import BadInput
+from pyvmm.machine import VM, RunResult
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from pyvmm.cli.filling import Filling
     from pyvmm.cli.parse import Arguments
 
 
 class _Restored(Watched):
+    def __init__(self, args: Arguments) -> None:
+        super().__init__(args)
+        if args.map and not args.lazy:
+            raise BadInput("--map shows how RAM comes while the guest runs: give --lazy too")
+        self._filling: Filling | None = None
+
     def make(self) -> VM:
+        if self.args.map:
+            from pyvmm.cli import filling  # noqa: F401  (its imports are not part of what is timed)
+        self._begin = time.perf_counter()
         args = self.args
         return VM.restore(args.file, lazy=args.lazy, fill=args.fill == "all", pages=args.pages)
+
+    def prepare(self, vm: VM) -> None:
+        if self.args.map:
+            from pyvmm.cli.filling import Filling
+
+            self._filling = Filling(vm, self._begin)
+
+    def wait(self, vm: VM) -> RunResult | None:
+        if self._filling is None:
+            return super().wait(vm)
+        timeout, begin = self.args.timeout, time.monotonic()
+        result = self._filling.wait(timeout)
+        if result is not None:
+            return result
+        return self.wait_on(vm, None if timeout is None else max(begin + timeout - time.monotonic(), 0))
 
 
 def run(args: Arguments) -> int:

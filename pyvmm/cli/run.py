@@ -134,11 +134,15 @@ class Watched(Session):
     """With --live and --stats."""
 
     def wait(self, vm: VM) -> RunResult | None:
+        return self.wait_on(vm, self.args.timeout)
+
+    def wait_on(self, vm: VM, timeout: float | None) -> RunResult:
+        """Waits, so many seconds at most."""
         if self.args.live:
             from pyvmm.cli.report import wait_live
 
-            return wait_live(vm, self.args.timeout)
-        return super().wait(vm)
+            return wait_live(vm, timeout)
+        return vm.wait(timeout)
 
     def finish(self, vm: VM, seconds: float) -> None:
         if self.args.stats:

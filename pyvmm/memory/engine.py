@@ -50,7 +50,7 @@ class Engine:
     """
 
     def __init__(self, mapping: CData, size: int, small_blocks: int) -> None:
-        self._mapping = mapping  # kept alive: C holds a bare pointer
+        self._mapping: CData | None = mapping  # kept alive until close(): C holds a bare pointer
         self._pages = size // PAGE_SIZE
         self._blocks = -(-size // BLOCK_SIZE)
         out = ffi.new("struct pv_engine **")
@@ -87,6 +87,7 @@ class Engine:
         with self._idle:
             self._idle.wait_for(lambda: self._calls == 0)
         lib.pv_engine_close(native)
+        self._mapping = None  # else the RAM would stay until the garbage collector comes
 
     def _enter(self) -> CData:
         with self._idle:

@@ -63,6 +63,11 @@ class Vcpu:
         return self._thread is not None
 
     @property
+    def entered(self) -> float | None:
+        """When it first entered the guest, by time.perf_counter(); None: not yet."""
+        return int(self.native.entered) / 1e9 or None
+
+    @property
     def is_current(self) -> bool:
         """Is the calling thread this vCPU's?"""
         return self._thread is threading.current_thread()

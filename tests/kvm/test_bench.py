@@ -3,17 +3,38 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 import pyvmm
+from pyvmm.bench import Result
 from pyvmm.bench.bare import Touched
+from pyvmm.bench.checkpoints import (
+    Checkpoint,
+    await_work,
+    bring,
+    checkpoint,
+    evict,
+    folder,
+    large_at_last,
+    resident,
+    restore_mapped,
+    run_task,
+    waiting,
+    write_raw,
+)
 from pyvmm.bench.running import alone, apart, longest_gap, reset_gaps, touching
-from pyvmm.cli.bench import BENCHMARKS, QUICK
+from pyvmm.cli.bench import BENCHMARKS, QUICK, show
+from pyvmm.errors import HostError
 from pyvmm.pytest_plugin import needs
+from pyvmm.testing.verify_model import ram_hash
 
 pytestmark = needs("kvm", "dirty_bitmap", "initially_set", "dirty_ring", "uffd_guest", "uffd_wp", "uffd_move_large")
 
@@ -39,6 +60,20 @@ RESULTS = {
         ("memory of the page map, of the guest's", "process grown by"),
         ("a block, while the guest writes to all memory", "break"),
     ],
+    "restore": [
+        ("VM.restore() to the guest's first work", "16M"),
+        ("VM() alone", "8M"),
+        ("dense writes, warm file", "pread() of as much"),
+        ("1 page in 64, reads, warm file", "lazy, fill none"),
+    ],
+    "blocks": [
+        ("dense, large pages (2M): warm file", "zstd 256K"),
+        ("1 page in 64, small pages (2M): reads", "raw 16K"),
+    ],
+    "save": [
+        ("random data", "write() and fsync()"),
+        ("half zeros data: size of the file", "raw"),
+    ],
 }
 
 
@@ -54,25 +89,32 @@ def call(*arguments, **environment):
     )
 
 
-@pytest.mark.parametrize("name", QUICK)
-def test_data(name):
+@cache
+def measured(name):
     done = call(name, "--quick", "--json")
     assert (done.returncode, done.stderr) == (0, "")
-    found = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_data(name):
+    found = measured(name)
     assert found["benchmark"] == name
     results = {(each["group"], each["name"]): each for each in found["results"]}
     assert set(RESULTS[name]) <= set(results)
-    for each in results.values():
+    for each in found["results"]:
         assert each["values"]
         assert min(each["values"]) <= each["median"] <= max(each["values"])
-        assert each["unit"] in ("s", "%", "M/s", "MiB/s")
+        assert each["unit"] in ("s", "%", "M/s", "MiB/s", "GB/s", "MiB", "reads", "faults", "% large")
 
 
 @pytest.mark.parametrize("name", QUICK)
-def test_tables(name):
-    done = call(name, "--quick")
-    assert (done.returncode, done.stderr) == (0, "")
-    lines = done.stdout.splitlines()
+def test_tables(name, capsys, monkeypatch):
+    """Of the same data: measuring it again would take as long again."""
+    monkeypatch.setenv("COLUMNS", "80")
+    rows = measured(name)["results"]
+    show(name, [Result(row["name"], row["unit"], tuple(row["values"]), row.get("group", "")) for row in rows])
+    lines = capsys.readouterr().out.splitlines()
     assert lines[0] == BENCHMARKS[name]
     assert max(map(len, lines)) <= 80
     for group, result in RESULTS[name]:
@@ -129,3 +171,85 @@ def test_all_pages_that_are_touched_were_away(bare, move):
             waited, answered = touched.measure(20)  # of the bare loop: returns when so many faults were answered
             assert waited > 0
             assert answered > 0  # it may be longer: who waited goes on before the answer is through
+
+
+# ---- what benchmarks of snapshots are made of ----
+
+
+def test_a_mapped_file_is_the_same_guest(tmp_path):
+    with waiting(8 << 20, "size=4M passes=1") as vm:
+        before = ram_hash(vm.memory)
+        saved = Checkpoint(str(tmp_path / "s"), str(tmp_path / "raw"), 0)
+        vm.snapshot(saved.path)
+        write_raw(vm.memory, saved.raw)
+    with restore_mapped(saved) as vm:
+        assert ram_hash(vm.memory) == before
+    vm, task = run_task(lambda: restore_mapped(saved))
+    with vm:
+        assert task.reads is None
+        assert 0 < task.restored < task.seconds
+        assert vm.run(timeout=20).ok  # the guest has checked what it wrote
+    with restore_mapped(saved) as vm:
+        assert ram_hash(vm.memory) == before, "the guest wrote into the file"
+
+
+def test_a_task_reads_what_it_touches(tmp_path):
+    with waiting(16 << 20, "size=4M read=1 stride=256K") as vm:
+        saved = checkpoint(vm, str(tmp_path / "s"))
+    options = {"lazy": True, "fill": False, "pages": "4k"}
+    vm, task = run_task(lambda: pyvmm.VM.restore(saved.path, **options))
+    with vm:
+        assert 16 <= task.reads < 16 << 20 >> 16
+        assert task.bytes_read >= 16 * 4096
+    vm, task = run_task(lambda: pyvmm.VM.restore(saved.path, lazy=True))
+    with vm:
+        assert large_at_last(vm) >= saved.large
+
+
+def test_who_waits_for_work_that_never_comes_is_told(tmp_path):
+    with waiting(4 << 20, "passes=1") as vm:
+        vm.type("g")
+        vm.resume()
+        with pytest.raises(HostError, match=r"ended before it had done its work: SUCCESS: 512 writes"):
+            await_work(vm, "pass", 2)
+
+
+def test_files_go_out_of_the_page_cache_and_come_back(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(os.urandom(1 << 20))
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    if not evict(str(path)):
+        pytest.skip("the temporary folder is in memory")
+    assert resident(str(path)) == 0
+    bring(str(path))
+    assert resident(str(path)) == 1 << 20
+
+
+def test_the_folder_goes_however_it_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(HostError, match=r"fit into .*: set TMPDIR to a folder that has more room"), folder(1 << 60):
+        pass
+    with suppress(KeyboardInterrupt), folder(1 << 20) as path:
+        (Path(path) / "file").write_bytes(b"x")
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_leaves_nothing(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pyvmm", "bench", "restore"], env=ENVIRONMENT | {"TMPDIR": str(tmp_path)},
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + DEADLINE
+        while not any(tmp_path.iterdir()):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(DEADLINE) == 130
+    finally:
+        process.kill()
+        process.communicate()
+    assert list(tmp_path.iterdir()) == []

@@ -6,6 +6,7 @@ import os
 import statistics
 import subprocess
 import time
+import weakref
 from contextlib import suppress
 
 import pytest
@@ -482,3 +483,14 @@ def test_after_close_all_is_refused(vm, call):
         getattr(engine, call)(*([0] if call in ("remove", "install", "split", "merge", "break_") else []))
     engine.close()
     engine.unpin(0, 1)
+
+
+def test_the_ram_goes_with_the_vm_and_not_when_the_garbage_collector_comes(vm):
+    machine = vm(memory="8M")
+    machine.load("touch", "passes=1")
+    assert machine.run(timeout=20).ok
+    machine.memory.engine.remove(2 * BLOCK, BLOCK)
+    mapping = weakref.ref(machine.memory._mapping())
+    assert mapping() is not None
+    machine.close()
+    assert mapping() is None
