@@ -1,12 +1,14 @@
 # test_lazy.py: how much of a snapshot comes with a touch, what comes ahead of touches, and the order of touches.
 from __future__ import annotations
 
+import os
 import random
 import threading
 
 import pytest
 
 from pyvmm import VM, BadInput, Snapshot
+from pyvmm._native import lib
 from pyvmm.errors import FetchError
 from pyvmm.layout import BLOCK_SIZE, MIB, PAGE_SIZE
 from pyvmm.memory.engine import UNITS
@@ -108,10 +110,13 @@ def test_adaptive_units(sparse, restored):
 
 
 def touch(vm, page):
-    """Touches a page as a guest does: through the mapping, with nothing brought before."""
-    from pyvmm._native import lib
-
+    """Touches a page as a guest does, through the mapping; if it is away, waits until the fault is dealt with: who
+    touches is woken before."""
+    engine = vm.memory.engine
+    faults = engine.stats().faults + bool(int(engine.page_words[page]) & 15)
     lib.pv_touch(vm.memory._mapping() + page * PAGE_SIZE, 1, PAGE_SIZE)
+    while engine.stats().faults < faults:
+        os.sched_yield()
 
 
 def stored_pages(path, count, step):
