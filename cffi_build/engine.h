@@ -191,6 +191,8 @@ int pv_engine_assign(struct pv_engine *engine, uint64_t page, uint64_t count, ui
 int pv_engine_assign_all(struct pv_engine *engine, uint32_t home) PV_CHECKED;
 /* Fills in the words of all pages that have been assigned so. */
 void pv_engine_find_all(struct pv_engine *engine);
+/* The block of the last touch of a page that was away: what follows it may be touched next. */
+uint64_t pv_engine_touched(struct pv_engine *engine);
 /* PV_UNIT_*. */
 void pv_engine_unit(struct pv_engine *engine, uint32_t unit);
 /* How many threads answer faults, 1 to PV_MAX_WORKERS; before the first page goes away. */

@@ -48,6 +48,7 @@ struct pv_engine {
 
     uint32_t source; /* the home that knows where pages of PENDING blocks are */
     uint32_t unit;   /* PV_UNIT_* */
+    uint64_t touched; /* the block of the last touch of a page that was away */
     uint64_t *record, record_room, recorded;
 
     pthread_mutex_t slot_mutex;

@@ -155,6 +155,7 @@ int bring_touched(struct pv_engine *engine, uint64_t page, struct others *others
     uint32_t flags = (uint32_t)block_word(engine, block);
     bool large = to_be_large(engine, block), adaptive = engine->unit == PV_UNIT_ADAPTIVE && !engine->record;
     others->unit.count = 0;
+    __atomic_store_n(&engine->touched, block, __ATOMIC_RELAXED);
     if (!(flags & PV_BLOCK_UNITS))
         return bring(engine, page, 1);
     block_flags(engine, block, PV_BLOCK_TOUCHED, 0);
@@ -263,5 +264,7 @@ uint64_t pv_engine_recorded(struct pv_engine *engine)
     uint64_t count = __atomic_load_n(&engine->recorded, __ATOMIC_RELAXED);
     return count < engine->record_room ? count : engine->record_room;
 }
+
+uint64_t pv_engine_touched(struct pv_engine *engine) { return __atomic_load_n(&engine->touched, __ATOMIC_RELAXED); }
 
 void pv_engine_unit(struct pv_engine *engine, uint32_t unit) { engine->unit = unit; }

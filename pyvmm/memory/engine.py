@@ -166,6 +166,11 @@ class Engine:
         """The same, but faults that wait come between blocks; what cannot be brought is told as if it was touched."""
         self.call(lib.pv_engine_fill, page, count)
 
+    @property
+    def touched(self) -> int:
+        """The block in which a page that was away was touched last."""
+        return self.call(lib.pv_engine_touched, equip=False)
+
     def prefetch(self, pages: CData, count: int, wanted: CData) -> None:
         """Brings pages (uint64_t[count]) in this order; wanted: a bit for each page that is still to be asked for.
         Raises FetchError."""

@@ -107,8 +107,8 @@ class FileHome:
             self._memory.engine.prefetch(words + first, min(_STEP, len(order) - first), wanted)
 
     def run_ahead(self, prefetch: bool = False, fill: bool = True, rate: float | None = None) -> None:
-        """In a thread of its own: the working set, then all the rest by address, at most `rate` bytes a second of it.
-        Faults of the guest's go between two blocks. What cannot be brought pauses the VM, as if it had been touched."""
+        """In a thread of its own: the working set, then all the rest, at most `rate` bytes a second of it. Faults of the
+        guest's go between two blocks. What cannot be brought pauses the VM, as if it had been touched."""
 
         def run() -> None:
             with suppress(MemoryAccessError):  # the VM is closed
@@ -123,13 +123,19 @@ class FileHome:
         thread.start()
 
     def _fill(self, rate: float | None) -> None:
+        """Block by block, from where the guest touched last: what follows may be touched next."""
         engine, pages, step = self._memory.engine, self._memory.size // PAGE_SIZE, BLOCK_SIZE // PAGE_SIZE
-        begin = time.monotonic()
-        for page in range(0, pages, step):
-            due = begin + page * PAGE_SIZE / rate if rate else 0.0
-            if self._end.wait(max(0.0, due - time.monotonic())) if rate else self._end.is_set():
+        todo = bytearray(b"\1") * -(-pages // step)
+        begin, block, touched = time.monotonic(), 0, engine.touched
+        for done in range(len(todo)):
+            due = begin + done * BLOCK_SIZE / rate - time.monotonic() if rate else 0
+            if self._end.wait(due) if due > 0 else self._end.is_set():
                 return
-            engine.fill(page, min(step, pages - page))
+            if (last := engine.touched) != touched:
+                block = touched = last
+            block = next_block if (next_block := todo.find(1, block)) >= 0 else todo.find(1)
+            todo[block] = 0
+            engine.fill(block * step, min(step, pages - block * step))
 
     def wait(self) -> None:
         """Waits until all that was asked for ahead has come."""
