@@ -16,7 +16,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 SOURCES = (
     "run.c", "map.c", "sys.c", "bits.c", "ring.c", "bare.c",
-    "engine.c", "pagemap.c", "uffd.c", "fault.c", "install.c", "remove.c", "blocks.c", "coarse.c", "filehome.c",
+    "engine.c", "pagemap.c", "uffd.c", "fault.c", "install.c", "remove.c", "blocks.c", "coarse.c", "live.c",
+    "filehome.c",
     "checksum.c", "codec.c", "pack.c", "unpack.c",
 )  # fmt: skip
 FLAGS = ("-std=gnu11", "-O2", "-g", "-fvisibility=hidden")

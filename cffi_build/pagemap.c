@@ -17,7 +17,13 @@ static uint32_t *low_half(const struct pv_engine *engine, uint64_t block)
     return (uint32_t *)&engine->block_words[block]; /* little-endian, as all of x86 */
 }
 
-void block_lock(struct pv_engine *engine, uint64_t block)
+bool block_trylock_plain(struct pv_engine *engine, uint64_t block)
+{
+    /* acquire: pairs with the release in block_unlock */
+    return !(__atomic_fetch_or(low_half(engine, block), PV_BLOCK_LOCKED, __ATOMIC_ACQUIRE) & PV_BLOCK_LOCKED);
+}
+
+void block_lock_plain(struct pv_engine *engine, uint64_t block)
 {
     uint32_t *word = low_half(engine, block), seen = __atomic_load_n(word, __ATOMIC_RELAXED);
     for (;;) {
@@ -37,6 +43,13 @@ void block_lock(struct pv_engine *engine, uint64_t block)
         syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0);
         seen = __atomic_load_n(word, __ATOMIC_RELAXED);
     }
+}
+
+void block_lock(struct pv_engine *engine, uint64_t block)
+{
+    block_lock_plain(engine, block);
+    if (live_on(engine))
+        live_before(engine, block);
 }
 
 void block_unlock(struct pv_engine *engine, uint64_t block)
