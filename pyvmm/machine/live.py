@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from pyvmm.state import State
 
 BUFFERS = 32
-"""Blocks of 2 MiB that the guest may be ahead of the disk: copies of what it has written to before that was saved. Where
-they are used up, whoever writes next waits for the disk."""
+"""Blocks of 2 MiB that the guest may be ahead of the disk: copies of what it wrote to before that was saved. Where they
+are used up, whoever writes next waits for the disk."""
 _LOOK_MS = 50
 """From one look at the progress, and at signals, to the next."""
 _OPENING = {

@@ -34,9 +34,9 @@ _BLOCKS = 32
 
 
 class Saved(Record):
-    """A snapshot that was saved. seconds: until the file was on the disk; pause_seconds: for which a running guest stood
-    still; pages: of RAM; copied_blocks: in mode live, 2 MiB blocks that were copied because something was about to
-    change them; stored_bytes: size of the file."""
+    """A snapshot that was saved. seconds: until the file was on the disk; pause_seconds: for which a running guest
+    stood still; pages: of RAM; copied_blocks: in mode live, 2 MiB blocks that were copied because something was about
+    to change them; stored_bytes: size of the file."""
 
     __slots__ = ("copied_blocks", "pages", "pause_seconds", "seconds", "stored_bytes")
 

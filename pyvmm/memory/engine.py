@@ -336,8 +336,8 @@ class Engine:
 
     @contextmanager
     def using(self) -> Iterator[CData]:
-        """Within its `with`, the engine as C has it, for what takes several calls: close() waits for it, and before that
-        cancels a live save. Raises MemoryAccessError after close()."""
+        """Within its `with`, the engine as C has it, for what takes several calls. close() waits for it, and cancels a
+        live save before that. Raises MemoryAccessError after close()."""
         native = self._enter()
         try:
             self._equip(native)

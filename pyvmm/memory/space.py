@@ -198,12 +198,14 @@ class GuestMemory:
         pages of their blocks present, so that nothing has to be fetched for a write to one. Raises FetchError."""
         with self._making:
             engine = self._engine
-            python = engine is not None and engine.has_python_homes
-            for first, count in self.written_views() if engine is not None and python else ():
+            if engine is None or not engine.has_python_homes:
+                yield False
+                return
+            for first, count in self.written_views():
                 start = first // _BLOCK_PAGES * _BLOCK_PAGES
                 end = min(-(-(first + count) // _BLOCK_PAGES) * _BLOCK_PAGES, self.size // PAGE_SIZE)
                 engine.install(start, end - start)
-            yield python
+            yield True
 
     def _watch(self, buffer: memoryview, first: int, pages: int) -> None:
         from weakref import ref

@@ -136,8 +136,8 @@ class Writer:
         write_check(result, self._name)
 
     def fill(self, add: Callable[[CData], Result]) -> Result:
-        """Has C add pages: calls add(struct pv_pack *), and returns what that returns. Where it raises, the writer is of
-        no use any more. Nothing else may be called meanwhile."""
+        """Has C add pages: calls add(struct pv_pack *), and returns what that returns. Where it raises, the writer is
+        of no use any more. Nothing else may be called meanwhile."""
         self._begin_change()
         result = add(self._pack)
         self._broken = False
