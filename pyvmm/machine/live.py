@@ -37,14 +37,16 @@ _OPENING = {
 
 class Taken(Record):
     """What a live save gave: the State that belongs to the RAM; large: the blocks that were large pages; copied: blocks
-    that were copied because something was about to change them; pause_seconds: for which the vCPUs stood still."""
+    that were copied because something was about to change them, and waits: how many of these waited for a buffer;
+    pause_seconds: for which the vCPUs stood still."""
 
-    __slots__ = ("copied", "large", "pause_seconds", "state")
+    __slots__ = ("copied", "large", "pause_seconds", "state", "waits")
 
-    def __init__(self, state: State, large: list[int], copied: int, pause_seconds: float) -> None:
+    def __init__(self, state: State, large: list[int], copied: int, waits: int, pause_seconds: float) -> None:
         self.state = state
         self.large = large
         self.copied = copied
+        self.waits = waits
         self.pause_seconds = pause_seconds
 
     __hash__ = None  # type: ignore[assignment]
@@ -96,7 +98,8 @@ class _Session:
         self._require_whole()
         if progress is not None:
             progress(self._done(), self._vm.memory.size)
-        return Taken(state, [block for block, large in enumerate(blocks) if large], int(self._told.copied), pause)
+        large = [block for block, seen in enumerate(blocks) if seen]
+        return Taken(state, large, int(self._told.copied), int(self._told.waits), pause)
 
     def _instant(self) -> tuple[State, float]:
         """The pause: the state and the RAM that belong together. Returns the state and the seconds."""
