@@ -47,4 +47,4 @@ def save_when(vm: VM, condition: Condition, path: str, mode: Literal["stop", "li
     count = vm.progress().count
     saved = vm.snapshot(path, mode=mode)
     took = f"in {saved.seconds * 1e3:.0f} ms, the guest paused for {saved.pause_seconds * 1e3:.1f}"
-    print(f"pyvmm: {path}: progress {count:,}, {format_size(vm.memory.size)}, {took}", file=sys.stderr)
+    print(f"pyvmm: {path}: progress {count:,} when asked, {format_size(vm.memory.size)}, {took}", file=sys.stderr)

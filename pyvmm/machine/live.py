@@ -82,12 +82,13 @@ class _Session:
         self._told = ffi.new("struct pv_live_progress *")
 
     def run(self, progress: Progress | None) -> Taken:
-        result = lib.pv_live_begin(self._native, self._pack, BUFFERS, self._engine.has_python_homes)
+        blocks = bytearray(-(-self._vm.memory.size // BLOCK_SIZE))
+        buffers = min(BUFFERS, len(blocks))
+        result = lib.pv_live_begin(self._native, self._pack, buffers, self._engine.has_python_homes)
         if -result in _OPENING:
             kind, text = _OPENING[-result]
             raise kind(text)
         check(result, "UFFDIO_WRITEPROTECT", size=self._vm.memory.size)
-        blocks = bytearray(-(-self._vm.memory.size // BLOCK_SIZE))
         try:
             state, pause = self._instant()
             while lib.pv_live_wait(self._native, _LOOK_MS, self._told) == lib.PV_LIVE_SAVING:
