@@ -39,6 +39,7 @@ struct live {
     pthread_cond_t room, work, ended; /* a free buffer; something for the drain thread; the mode has changed */
     uint32_t mode;                    /* PV_LIVE_*: changed under the mutex, read without */
     bool closing, claimed, threaded;  /* closing: the engine ends, and no session begins any more */
+    bool stuck;                       /* protection could not be taken away somewhere: all is tried again at the end */
     pthread_t thread;
     struct pv_pack *pack;             /* the drain thread's */
     uint8_t *states, *large;          /* one a block, under the block's lock */

@@ -147,6 +147,8 @@ static int protect(struct pv_engine *engine, uint64_t first, uint64_t end, bool 
     if (error == -ENOENT && end - first > 1) /* a kernel before 6.3 takes one mapping at a time; a block is in one */
         for (error = 0; !error && first < end; first++)
             error = protect_range(engine, first, first + 1, on);
+    if (error && !on)
+        engine->live.stuck = true;
     if (error)
         stop(&engine->live, error, PV_LIVE_PROTECT, page, PV_HOME_PRESENT);
     return error;
@@ -230,7 +232,7 @@ void live_before(struct pv_engine *engine, uint64_t block)
         return;
     if (mode == PV_LIVE_SAVING)
         save_before(engine, block);
-    /* Whatever is done under the lock now finds no protection but a trace's, of which there is none. */
+    /* Whatever is done under the lock now finds no protection: there is no trace. */
     if (before == ARMED)
         (void)!protect(engine, block, block + 1, false);
     if (state_of(live, block) != SAVED)
@@ -416,6 +418,7 @@ static int take_all(struct pv_engine *engine, uint32_t buffers)
     live->free = live->copies;
     live->last = &live->first;
     live->cursor = live->moves = 0;
+    live->stuck = false;
     return 0;
 }
 
@@ -597,7 +600,7 @@ void pv_live_end(struct pv_engine *engine, uint8_t *large, struct pv_live_progre
     live->threaded = false;
     for (uint64_t block = 0; block < engine->blocks; block++) {
         block_lock_plain(engine, block);
-        if (state_of(live, block) == ARMED) {
+        if (state_of(live, block) == ARMED || live->stuck) {
             (void)!protect(engine, block, block + 1, false); /* if it fails, it goes with the span's registration */
             set_state(live, block, OPEN);
         }
