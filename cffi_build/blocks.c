@@ -112,7 +112,8 @@ static int collapse(struct pv_engine *engine, uint64_t page)
 static int collapse_complete(struct pv_engine *engine, uint64_t page)
 {
     trace_enter(engine);
-    int error = engine->trace.on ? uffd_protect(engine, ram_at(engine, page), PV_BLOCK, false) : 0;
+    bool watched = engine->trace.on || live_on(engine); /* a live save has freed the block, unless that failed */
+    int error = watched ? uffd_protect(engine, ram_at(engine, page), PV_BLOCK, false) : 0;
     if (!error) {
         (void)madvise(ram_at(engine, page), PV_BLOCK, MADV_POPULATE_WRITE); /* if it fails, so does what follows */
         error = collapse(engine, page);

@@ -144,11 +144,15 @@ static int protect_all(struct pv_engine *engine, bool on)
     return 0;
 }
 
-static void set_on(struct trace *trace, bool on)
+/* Not while a live save uses the same protection (nor the other way: live.c). 0 or -EBUSY. */
+static int set_on(struct pv_engine *engine, bool on)
 {
+    struct trace *trace = &engine->trace;
     pthread_mutex_lock(&trace->mutex);
-    trace->on = on;
+    int error = on && live_claimed(engine) ? -EBUSY : 0;
+    trace->on = on && !error;
     pthread_mutex_unlock(&trace->mutex);
+    return error;
 }
 
 /* Under the mutex: somebody may be looking at the trace before. */
@@ -177,7 +181,6 @@ static int begin(struct pv_engine *engine, uint32_t shift, uint32_t refine)
 
 int pv_trace_start(struct pv_engine *engine, uint32_t shift, uint32_t refine)
 {
-    struct trace *trace = &engine->trace;
     if (shift < 12 || shift > 30 || refine >= TO_MERGE)
         return -EINVAL;
     int fresh = begin(engine, shift, refine);
@@ -186,7 +189,11 @@ int pv_trace_start(struct pv_engine *engine, uint32_t shift, uint32_t refine)
     int error = span_hold_all(engine, true);
     if (error)
         return error;
-    set_on(trace, true); /* before the first page is protected: from here on all that appears is marked */
+    error = set_on(engine, true); /* before the first page is protected: from here on all that appears is marked */
+    if (error) {
+        span_release_all(engine, true);
+        return error;
+    }
     error = protect_all(engine, true);
     if (error)
         (void)!pv_trace_stop(engine);
@@ -302,7 +309,7 @@ int pv_trace_stop(struct pv_engine *engine)
 {
     if (!engine->trace.on)
         return -EINVAL;
-    set_on(&engine->trace, false);
+    (void)!set_on(engine, false);
     /* Whoever still waits in a fault is answered by the engine, or woken when the last range is unregistered. */
     int error = protect_all(engine, false);
     span_release_all(engine, true);

@@ -41,6 +41,7 @@ int pv_engine_open(uint8_t *ram, uint64_t size, uint64_t small_blocks, struct pv
     pthread_mutex_init(&engine->slot_mutex, NULL);
     pthread_cond_init(&engine->slot_free, NULL);
     pthread_mutex_init(&engine->trace.mutex, NULL);
+    live_init(&engine->live);
     pthread_mutex_init(&engine->fail_mutex, NULL);
     pthread_cond_init(&engine->fail_news, NULL);
     engine->page_words = map_zeros(engine->pages * sizeof(uint64_t));
@@ -95,6 +96,7 @@ void pv_engine_close(struct pv_engine *engine)
     pthread_mutex_destroy(&engine->slot_mutex);
     pthread_cond_destroy(&engine->slot_free);
     pthread_mutex_destroy(&engine->trace.mutex);
+    live_deinit(&engine->live);
     pthread_mutex_destroy(&engine->fail_mutex);
     pthread_cond_destroy(&engine->fail_news);
     free(engine);

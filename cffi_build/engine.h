@@ -262,3 +262,44 @@ void pv_trace_put_back(struct pv_engine *engine, const uint64_t *bits);
 int pv_trace_stop(struct pv_engine *engine) PV_CHECKED;
 /* Blocks that are refined, one byte each, and counts. */
 void pv_trace_look(struct pv_engine *engine, struct pv_trace_stats *out, uint8_t *refined);
+
+/* ---- live.c: all RAM as it was at one instant, while the guest runs on ---- */
+
+#define PV_LIVE_OFF 0
+#define PV_LIVE_ARMING 1
+#define PV_LIVE_SAVING 2
+#define PV_LIVE_DONE 3    /* all of it is in the pack */
+#define PV_LIVE_STOPPED 4 /* by pv_live_cancel, or by an error */
+
+/* What an error of a live save came from. */
+#define PV_LIVE_CANCELLED 0
+#define PV_LIVE_FETCH 1   /* a page that is away does not come */
+#define PV_LIVE_WRITE 2   /* pv_pack_add */
+#define PV_LIVE_PROTECT 3 /* UFFDIO_WRITEPROTECT */
+#define PV_LIVE_LOOK 4    /* PAGEMAP_SCAN, or memory for a copy */
+
+struct pv_live_progress {
+    uint64_t blocks, saved; /* of RAM; of these, copied or empty */
+    uint64_t copied;        /* by whoever was about to change them */
+    uint64_t waits;         /* of these, for a buffer */
+    uint64_t page;          /* of PV_LIVE_FETCH */
+    uint32_t home;
+    uint32_t cause;         /* PV_LIVE_* */
+    int error;              /* positive errno, or 0 */
+};
+
+struct pv_pack;
+
+/* Protects RAM while the guest runs, for a save into `pack`, with so many buffers of 2 MiB for what is written before it
+ * is saved. python_homes: a home is in Python. -EBUSY while a coarse trace runs, -EALREADY while another save does,
+ * -ECANCELED when the engine is being closed. After 0, pv_live_end must come. */
+int pv_live_begin(struct pv_engine *engine, struct pv_pack *pack, uint32_t buffers, int python_homes) PV_CHECKED;
+/* The vCPUs stand still: what RAM holds when this returns is what is saved. python_homes: whoever holds a view has had
+ * all pages of its blocks brought back, and no other view is made meanwhile. On -errno the save is over. */
+int pv_live_freeze(struct pv_engine *engine, int python_homes) PV_CHECKED;
+/* Waits until the save is DONE or STOPPED, for so long at most. The mode. */
+int pv_live_wait(struct pv_engine *engine, uint32_t milliseconds, struct pv_live_progress *out) PV_CHECKED;
+/* Ends it soon. closing: no other begins. */
+void pv_live_cancel(struct pv_engine *engine, int closing);
+/* Ends it now, and takes all protection away. large (or NULL): of each block, whether it was a large page. */
+void pv_live_end(struct pv_engine *engine, uint8_t *large, struct pv_live_progress *out);

@@ -1,5 +1,5 @@
 /* engine_inside.h: what the files of the memory engine share. Locks, from outer to inner: a block's lock, the staging
- * slots, the trace's mutex, the mutex of the spans. */
+ * slots, the trace's mutex, that of a live save, the mutex of the spans. */
 #pragma once
 
 #include "native.h"
@@ -31,6 +31,26 @@ struct trace {
     struct pv_trace_stats stats;
 };
 
+struct live_copy;
+
+/* A live save (live.c); all but what is said under its mutex, which comes inside a block's lock. */
+struct live {
+    pthread_mutex_t mutex;
+    pthread_cond_t room, work, ended; /* a free buffer; something for the drain thread; the mode has changed */
+    uint32_t mode;                    /* PV_LIVE_*: changed under the mutex, read without */
+    bool closing, claimed, threaded;  /* closing: the engine ends, and no session begins any more */
+    bool stuck;                       /* protection could not be taken away somewhere: all is tried again at the end */
+    pthread_t thread;
+    struct pv_pack *pack;             /* the drain thread's */
+    uint8_t *states, *large;          /* one a block, under the block's lock */
+    uint8_t *pool;                    /* `buffers` blocks, and the drain thread's own */
+    uint32_t buffers;
+    uint64_t cursor;                  /* the drain thread's: the next block to look at */
+    uint64_t moves;                   /* changes that may give the drain thread something to do */
+    struct live_copy *copies, *own, *free, *first, **last; /* of the pool; free ones; those to be written, in order */
+    struct pv_live_progress told;
+};
+
 struct pv_engine {
     uint8_t *ram, *aside, *staging, *zero;
     uint64_t size, pages, blocks;
@@ -56,6 +76,7 @@ struct pv_engine {
     uint32_t slots_taken;
 
     struct trace trace;
+    struct live live;
 
     pthread_mutex_t fail_mutex;
     pthread_cond_t fail_news;
@@ -99,8 +120,14 @@ static inline uint32_t pages_of_block(const struct pv_engine *engine, uint64_t b
 
 /* ---- pagemap.c: words, locks, and what the kernel has mapped ---- */
 
+/* Whoever locks a block may change what it holds, or where that is: while a live save runs, it is saved first. */
 void block_lock(struct pv_engine *engine, uint64_t block);
+/* Without that: for the live save itself. */
+void block_lock_plain(struct pv_engine *engine, uint64_t block);
+bool block_trylock_plain(struct pv_engine *engine, uint64_t block) PV_CHECKED;
 void block_unlock(struct pv_engine *engine, uint64_t block);
+/* Fills in the words of a PENDING block's pages: under its lock; block_lock does it. */
+void block_find(struct pv_engine *engine, uint64_t block);
 /* All of these under the block's lock. */
 uint64_t block_word(const struct pv_engine *engine, uint64_t block);
 void block_flags(struct pv_engine *engine, uint64_t block, uint32_t set, uint32_t clear);
@@ -148,7 +175,8 @@ void fail(struct pv_engine *engine, uint64_t page, int error);
 
 /* ---- install.c, remove.c: under the block's lock ---- */
 
-
+/* Brings the bytes of pages that share a home, and leaves them where they are. 0 or -errno. */
+int fetch(struct pv_engine *engine, uint64_t page, uint32_t count, uint8_t *to) PV_CHECKED;
 /* MADV_COLLAPSE: 512 small pages become a large one. 0 or -errno. */
 int collapse_small(void *block) PV_CHECKED;
 /* Brings pages of one block back, the whole block where it is to be large and all of it is away. Answer or -errno. */
@@ -192,3 +220,13 @@ void trace_enter(struct pv_engine *engine);
 void trace_leave(struct pv_engine *engine, uint64_t page, uint32_t count);
 /* A write to a protected page: marks it and lifts the protection. 0 or -errno. */
 int trace_fault(struct pv_engine *engine, uint64_t page);
+
+/* ---- live.c ---- */
+
+void live_init(struct live *live);
+void live_deinit(struct live *live);
+/* Called by block_lock() with the lock held. */
+void live_before(struct pv_engine *engine, uint64_t block);
+bool live_on(const struct pv_engine *engine);
+/* From the first moment of a session to the last. */
+bool live_claimed(struct pv_engine *engine);

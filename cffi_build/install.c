@@ -36,8 +36,7 @@ static void slot_give(struct pv_engine *engine, int slot)
 
 /* ---- homes ---- */
 
-/* Brings the bytes of pages that share a home. */
-static int fetch(struct pv_engine *engine, uint64_t page, uint32_t count, uint8_t *to)
+int fetch(struct pv_engine *engine, uint64_t page, uint32_t count, uint8_t *to)
 {
     uint32_t home = page_home(engine, page);
     switch (home) {

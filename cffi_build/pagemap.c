@@ -17,9 +17,10 @@ static uint32_t *low_half(const struct pv_engine *engine, uint64_t block)
     return (uint32_t *)&engine->block_words[block]; /* little-endian, as all of x86 */
 }
 
-/* The words of a block that its source knows of. Under its lock. */
-static void find_words(struct pv_engine *engine, uint64_t block)
+void block_find(struct pv_engine *engine, uint64_t block)
 {
+    if (!(block_word(engine, block) & PV_BLOCK_PENDING))
+        return;
     struct pv_home *home = &engine->homes[engine->source];
     uint64_t first = block * PV_BLOCK_PAGES, words[PV_BLOCK_PAGES];
     uint32_t count = pages_of_block(engine, block), homes[PV_HOMES] = {0};
@@ -37,7 +38,13 @@ static void find_words(struct pv_engine *engine, uint64_t block)
     span_release(engine, first, 1, false);
 }
 
-static void lock_word(struct pv_engine *engine, uint64_t block)
+bool block_trylock_plain(struct pv_engine *engine, uint64_t block)
+{
+    /* acquire: pairs with the release in block_unlock */
+    return !(__atomic_fetch_or(low_half(engine, block), PV_BLOCK_LOCKED, __ATOMIC_ACQUIRE) & PV_BLOCK_LOCKED);
+}
+
+void block_lock_plain(struct pv_engine *engine, uint64_t block)
 {
     uint32_t *word = low_half(engine, block), seen = __atomic_load_n(word, __ATOMIC_RELAXED);
     for (;;) {
@@ -61,9 +68,10 @@ static void lock_word(struct pv_engine *engine, uint64_t block)
 
 void block_lock(struct pv_engine *engine, uint64_t block)
 {
-    lock_word(engine, block);
-    if (block_word(engine, block) & PV_BLOCK_PENDING)
-        find_words(engine, block);
+    block_lock_plain(engine, block);
+    block_find(engine, block);
+    if (live_on(engine))
+        live_before(engine, block);
 }
 
 void block_unlock(struct pv_engine *engine, uint64_t block)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     )
     from pyvmm.layout import Gfn, Gpa, Hva
     from pyvmm.machine import VM, Progress, RunResult
+    from pyvmm.machine.saving import Saved
     from pyvmm.memory import GuestMemory
     from pyvmm.memory.counts import EngineStats, PageCounts
     from pyvmm.memory.homes import Home
@@ -39,6 +40,7 @@ _PUBLIC = {
     "VM": "pyvmm.machine",
     "Progress": "pyvmm.machine",
     "RunResult": "pyvmm.machine",
+    "Saved": "pyvmm.machine.saving",
     "GuestMemory": "pyvmm.memory",
     "Home": "pyvmm.memory.homes",
     "PageCounts": "pyvmm.memory.counts",
@@ -82,6 +84,7 @@ __all__ = [
     "Registers",
     "RunResult",
     "Runs",
+    "Saved",
     "Snapshot",
     "SnapshotError",
     "State",

@@ -72,7 +72,7 @@ def _speeds(found: Collected, content: str, size: Size) -> None:
     with folder(4 * size.memory) as path, waiting(size.memory, "", content) as vm:
         plain, length = _not_zeros(vm.memory)
         with plain:
-            sides: dict[str, Callable[[str], None]] = {_LIMIT: lambda file: _write(file, plain, length)}
+            sides: dict[str, Callable[[str], object]] = {_LIMIT: lambda file: _write(file, plain, length)}
             for codec in codecs:
                 sides[codec] = lambda file, codec=codec: vm.snapshot(file, codec=codec)  # type: ignore[misc]
             for turn in range(size.rounds + 1):

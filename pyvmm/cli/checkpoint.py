@@ -10,6 +10,10 @@ from pyvmm.errors import BadInput
 from pyvmm.layout import format_size
 from pyvmm.machine import VM
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Literal
+
 _LOOK_SECONDS = 0.005
 """From one look at the guest's progress to the next."""
 
@@ -34,13 +38,13 @@ class Condition:
         return self.what == "seconds" and seconds >= self.limit
 
 
-def save_when(vm: VM, condition: Condition, path: str, timeout: float | None) -> None:
+def save_when(vm: VM, condition: Condition, path: str, mode: Literal["stop", "live"], timeout: float | None) -> None:
     """Saves once the condition holds, or the guest has ended or run for `timeout` seconds without that."""
     begin = time.monotonic()
     while not condition.holds(vm, seconds := time.monotonic() - begin):
         if vm.wait(_LOOK_SECONDS).reason != "timeout" or (timeout is not None and seconds >= timeout):
             break
-    began = time.perf_counter()
-    vm.snapshot(path)
-    work = f"progress {vm.progress().count:,}, {format_size(vm.memory.size)}"
-    print(f"pyvmm: {path}: {work}, in {(time.perf_counter() - began) * 1e3:.0f} ms", file=sys.stderr)
+    count = vm.progress().count
+    saved = vm.snapshot(path, mode=mode)
+    took = f"in {saved.seconds * 1e3:.0f} ms, the guest paused for {saved.pause_seconds * 1e3:.1f}"
+    print(f"pyvmm: {path}: progress {count:,} when asked, {format_size(vm.memory.size)}, {took}", file=sys.stderr)

@@ -85,6 +85,12 @@ COMMANDS = (
         Option("--trace", "single-step the first N instructions, and show them", int, metavar="N"),
         Option("--snapshot", "write the VM into this file, and go on", metavar="FILE"),
         Option("--snapshot-at", "when: progress>=N, or seconds>=S (default: at the end)", metavar="CONDITION"),
+        Option(
+            "--snapshot-mode",
+            "pause the guest meanwhile, or save while it runs",
+            default="stop",
+            choices=("stop", "live"),
+        ),
     ),
     Command(
         "restore",

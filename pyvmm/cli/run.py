@@ -158,6 +158,8 @@ class _Run(Watched):
             raise BadInput(f"--trace {args.trace}: give a number of instructions, 1 or more")
         if args.snapshot_at is not None and args.snapshot is None:
             raise BadInput("--snapshot-at says when, --snapshot FILE must say where to")
+        if args.snapshot_mode != "stop" and args.snapshot is None:
+            raise BadInput("--snapshot-mode says how, --snapshot FILE must say where to")
         if args.snapshot is not None:
             from pyvmm.cli.checkpoint import Condition
 
@@ -171,7 +173,7 @@ class _Run(Watched):
         if self.args.snapshot is not None:
             from pyvmm.cli.checkpoint import save_when
 
-            save_when(vm, self._condition, self.args.snapshot, self.args.timeout)
+            save_when(vm, self._condition, self.args.snapshot, self.args.snapshot_mode, self.args.timeout)
         return super().wait(vm)
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pyvmm.devices.serial import Serial
     from pyvmm.errors import PyvmmError
     from pyvmm.machine.restoring import RestoreOptions
-    from pyvmm.machine.saving import SaveOptions
+    from pyvmm.machine.saving import Saved, SaveOptions
     from pyvmm.memory.engine import Engine
     from pyvmm.memory.space import Pages
     from pyvmm.memory.trace import Rings, Target, Trace
@@ -308,15 +308,16 @@ class VM:
         saved.restore(self._fd, self.vcpus, self._board, self.memory.size, state)
         self._image_path = self._image_path or "restored state"
 
-    def snapshot(self, path: str, **options: Unpack[SaveOptions]) -> None:
+    def snapshot(self, path: str, **options: Unpack[SaveOptions]) -> Saved:
         """Writes all of the VM into a file, from which `VM.restore(path)` makes another that goes on just there.
 
-        options: see pyvmm.machine.saving.save, which also says what is raised.
+        options: such as mode="live", with which the guest runs on meanwhile: see pyvmm.machine.saving.save, which also
+        says what is raised. Returns what it took.
         """
         from pyvmm.machine.saving import save
 
         self._life.require_open()
-        save(self, path, **options)
+        return save(self, path, **options)
 
     @classmethod
     def restore(cls, path: str, **options: Unpack[RestoreOptions]) -> VM:

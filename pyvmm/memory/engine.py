@@ -7,7 +7,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 
 from pyvmm._native import ffi, lib
@@ -19,7 +19,7 @@ from pyvmm.memory.uffd import open_uffd
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from typing import Literal, Protocol
 
     import numpy as np
@@ -81,6 +81,7 @@ class Engine:
             native, self._native = self._native, None
         if native is None:
             return
+        lib.pv_live_cancel(native, True)
         lib.pv_engine_end_failures(native)
         if self._watcher is not None:
             self._watcher.join()
@@ -128,9 +129,10 @@ class Engine:
         failure = ffi.new("struct pv_failure *")
         while lib.pv_engine_wait_failure(native, failure):
             if self.on_failure is not None and failure.count > self._retried:
-                self.on_failure(self._fetch_error(int(failure.page), int(failure.home), int(failure.error)))
+                self.on_failure(self.fetch_error(int(failure.page), int(failure.home), int(failure.error)))
 
-    def _fetch_error(self, page: int, home: int, number: int) -> FetchError:
+    def fetch_error(self, page: int, home: int, number: int) -> FetchError:
+        """Of a page that did not come from its home: what to say of it, with the positive errno."""
         cause = self._homes[home][0].error if home in self._homes else None
         text = f"{errno.errorcode.get(number, number)}, {os.strerror(number)}"
         if home in self._native_homes:
@@ -177,7 +179,7 @@ class Engine:
         result = self.call(lib.pv_engine_prefetch, pages, count, wanted)
         if result < 0:
             page = next((int(pages[i]) for i in range(count) if self._home_of(int(pages[i]))), int(pages[0]))
-            raise self._fetch_error(page, self._home_of(page), -result)
+            raise self.fetch_error(page, self._home_of(page), -result)
 
     def record(self, pages: CData, room: int) -> None:
         """Notes the numbers of pages as they come back, in `pages` (uint64_t[room]), which the caller keeps."""
@@ -304,7 +306,7 @@ class Engine:
         if result in (-errno.EBUSY, -errno.EAGAIN):
             raise HostError(f"block {block} is in use: a view of it is held, or the kernel works with one of its pages")
         if fetches and result < 0 and (kept := self._kept_in(block)) is not None:
-            raise self._fetch_error(kept, self._home_of(kept), -result)
+            raise self.fetch_error(kept, self._home_of(kept), -result)
         check(result, call, block=block)
 
     # ---- what is known ----
@@ -388,12 +390,23 @@ class Engine:
         finally:
             self._leave()
 
+    @contextmanager
+    def using(self) -> Iterator[CData]:
+        """Within its `with`, the engine as C has it, for what takes several calls. close() waits for it, and cancels a
+        live save before that. Raises MemoryAccessError after close()."""
+        native = self._enter()
+        try:
+            self._equip(native)
+            yield native
+        finally:
+            self._leave()
+
     # ---- inside ----
 
     def _checked(self, result: int, page: int, count: int) -> None:
         if result < 0:
             away = next((p for p in range(page, page + count) if self._home_of(p)), page)
-            raise self._fetch_error(away, self._home_of(away), -result)
+            raise self.fetch_error(away, self._home_of(away), -result)
 
     def _home_of(self, page: int) -> int:
         return int(lib.pv_engine_pages(self._native)[page]) & lib.PV_PAGE_HOME

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import errno
 import threading
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import count
 
 from pyvmm._native import ffi, lib
@@ -15,7 +15,7 @@ from pyvmm.layout import BLOCK_SIZE, MIN_MEMORY, PAGE_SIZE, Gpa, Hva, format_siz
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import weakref
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from typing import Literal, TypeAlias
 
     from pyvmm._native import CData
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     Buffer: TypeAlias = bytes | bytearray | memoryview
 
 PAGES = ("auto", "2m", "4k")
+_BLOCK_PAGES = BLOCK_SIZE // PAGE_SIZE
 _THP = "/sys/kernel/mm/transparent_hugepage/enabled"
 
 
@@ -197,6 +198,21 @@ class GuestMemory:
     def written_views(self) -> list[tuple[int, int]]:
         """(first page, pages) in the mapping of each view that is held: who holds one may be writing there."""
         return [(view.first, view.pages) for view in list(self._views.values())]
+
+    @contextmanager
+    def views_settled(self) -> Iterator[bool]:
+        """Within its `with` no view is made, and if a home is in Python (yields: is one?), those that are held have all
+        pages of their blocks present, so that nothing has to be fetched for a write to one. Raises FetchError."""
+        with self._making:
+            engine = self._engine
+            if engine is None or not engine.has_python_homes:
+                yield False
+                return
+            for first, count in self.written_views():
+                start = first // _BLOCK_PAGES * _BLOCK_PAGES
+                end = min(-(-(first + count) // _BLOCK_PAGES) * _BLOCK_PAGES, self.size // PAGE_SIZE)
+                engine.install(start, end - start)
+            yield True
 
     def _watch(self, buffer: memoryview, first: int, pages: int) -> None:
         from weakref import ref

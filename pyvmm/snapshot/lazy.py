@@ -107,8 +107,8 @@ class FileHome:
             self._memory.engine.prefetch(words + first, min(_STEP, len(order) - first), wanted)
 
     def run_ahead(self, prefetch: bool = False, fill: bool = True, rate: float | None = None) -> None:
-        """In a thread of its own: the working set, then all the rest, at most `rate` bytes a second of it. Faults of the
-        guest's go between two blocks. What cannot be brought pauses the VM, as if it had been touched."""
+        """In a thread of its own: the working set, then all the rest, at most `rate` bytes a second of it. Faults of
+        the guest's go between two blocks. What cannot be brought pauses the VM, as if it had been touched."""
 
         def run() -> None:
             with suppress(MemoryAccessError):  # the VM is closed

@@ -20,11 +20,15 @@ from pyvmm.snapshot.results import require_codec, write_check
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import mmap
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
+    from typing import TypeVar
 
+    from pyvmm._native import CData
     from pyvmm.memory.space import Buffer
     from pyvmm.snapshot.reader import Snapshot
     from pyvmm.state import State
+
+    Result = TypeVar("Result")
 
 DEFAULT_BLOCK = 64 * KIB
 ZSTD_LEVEL = 1
@@ -130,6 +134,19 @@ class Writer:
         if result == -errno.EINVAL:
             raise BadInput(f"page {page + count - 1} is beyond the VM's RAM of {self._pack.pages} pages")
         write_check(result, self._name)
+
+    def fill(self, add: Callable[[CData], Result]) -> Result:
+        """Has C add pages: calls add(struct pv_pack *), and returns what that returns. Where it raises, the writer is
+        of no use any more. Nothing else may be called meanwhile."""
+        self._begin_change()
+        result = add(self._pack)
+        self._broken = False
+        return result
+
+    @property
+    def stored(self) -> int:
+        """Bytes of the file so far; after finish(), all of it."""
+        return int(self._pack.offset)
 
     def end_block(self) -> None:
         """Has the next page begin a new storage block. Raises HostError."""

@@ -22,7 +22,8 @@
 
 /* ---- what may fail ---- */
 
-enum { MOVE, COPY, ZERO, PROTECT, REGISTER, UNREGISTER, SCAN, DROP, COLLAPSE, POPULATE, ADVISE, FETCH, STORE, CALLS };
+enum { MOVE, COPY, ZERO, PROTECT, REGISTER, UNREGISTER, SCAN, DROP, COLLAPSE, POPULATE, ADVISE, FETCH, STORE, WRITE,
+       CALLS };
 
 static struct injection {
     uint64_t skip, pages; /* calls that go well before; pages done before it fails */
@@ -305,6 +306,8 @@ int fake_madvise(void *address, size_t size, int advice)
     case MADV_COLLAPSE:
         return do_collapse(area, page);
     case MADV_POPULATE_WRITE:
+        if (!area) /* a live save's own buffers */
+            return madvise(address, size, advice);
         error = failing(POPULATE, NULL);
         for (uint64_t i = page; !error && i < page + pages; i++) {
             ((volatile uint8_t *)area->start)[i * PV_PAGE] = area->start[i * PV_PAGE];
@@ -336,6 +339,15 @@ int fake_clock_gettime(clockid_t clock, struct timespec *now)
 }
 
 /* ---- a home ---- */
+
+static uint64_t value_at(const uint8_t *page)
+{
+    const uint64_t *words = (const uint64_t *)page;
+    for (uint32_t i = 1; i < 512; i++)
+        if (words[i] != words[0])
+            return UINT64_MAX; /* torn */
+    return words[0];
+}
 
 static uint64_t shelf[MOST]; /* a page is all of one word; 0: nothing there */
 
@@ -379,6 +391,54 @@ static void shelf_forget(void *self, uint64_t page, uint32_t count, const uint64
 }
 
 void fake_put(uint64_t locator, uint64_t value) { shelf[locator] = value + 1; }
+
+/* ---- a snapshot: what a live save gives ---- */
+
+static uint64_t packed[MOST];
+static uint8_t given[MOST];
+static int gate, waiting; /* may the drain thread go on; does it wait for that */
+
+int pv_pack_add(struct pv_pack *pack, uint64_t page, uint64_t count, const uint8_t *from)
+{
+    (void)pack;
+    __atomic_store_n(&waiting, 1, __ATOMIC_RELEASE);
+    while (!__atomic_load_n(&gate, __ATOMIC_ACQUIRE))
+        sched_yield();
+    int error = failing(WRITE, NULL);
+    for (uint64_t i = 0; !error && i < count; i++) {
+        if (given[page + i])
+            abort(); /* twice */
+        given[page + i] = 1;
+        packed[page + i] = value_at(from + i * PV_PAGE);
+    }
+    return -error;
+}
+
+/* The instant: returns once the drain thread stands at its gate, or has nothing to do. */
+int fake_freeze(struct pv_engine *engine, int python_homes)
+{
+    gate = waiting = 0;
+    memset(packed, 0, sizeof(packed));
+    memset(given, 0, sizeof(given));
+    int error = pv_live_freeze(engine, python_homes);
+    while (__atomic_load_n(&engine->live.mode, __ATOMIC_ACQUIRE) == PV_LIVE_SAVING &&
+           !__atomic_load_n(&waiting, __ATOMIC_ACQUIRE))
+        sched_yield();
+    return error;
+}
+
+/* Opens the gate and waits until all is saved, or something failed: the mode. */
+int fake_drain(struct pv_engine *engine, struct pv_live_progress *told)
+{
+    int mode;
+    __atomic_store_n(&gate, 1, __ATOMIC_RELEASE);
+    while ((mode = pv_live_wait(engine, 1000, told)) == PV_LIVE_SAVING)
+        ;
+    return mode;
+}
+
+/* Of each page, what the snapshot has. */
+void fake_packed(struct pv_engine *engine, uint64_t *values) { memcpy(values, packed, engine->pages * sizeof(*values)); }
 
 /* ---- beginning and end ---- */
 
@@ -464,15 +524,6 @@ int guest_write(struct pv_engine *engine, uint64_t page, uint64_t value)
     return 0;
 }
 
-static uint64_t value_at(const uint8_t *page)
-{
-    const uint64_t *words = (const uint64_t *)page;
-    for (uint32_t i = 1; i < 512; i++)
-        if (words[i] != words[0])
-            return UINT64_MAX; /* torn */
-    return words[0];
-}
-
 /* What the guest sees; UINT64_MAX: torn; UINT64_MAX - 1: it cannot be brought. */
 uint64_t guest_read(struct pv_engine *engine, uint64_t page)
 {
@@ -525,7 +576,12 @@ int fake_check(struct pv_engine *engine, uint64_t users, uint64_t pins, char *te
         MUST(own == PV_HOME_PRESENT || !ram[page], "page %lu is away (%u) and in the guest", page, own);
         MUST((own == PV_HOME_ASIDE) == !!aside[page], "page %lu has home %u, and the aside area %d", page, own,
              !!aside[page]);
-        MUST(engine->trace.on || !areas[0].wp[page], "page %lu is still protected", page);
+        /* OPEN, ARMED, SAVED: 0, 1, 2 */
+        uint8_t state = engine->live.states ? engine->live.states[page / PV_BLOCK_PAGES] : 0;
+        MUST(engine->trace.on || !areas[0].wp[page] || state == 1 || engine->live.stuck, "page %lu is still protected",
+             page);
+        MUST(engine->live.mode != PV_LIVE_SAVING || state == 2 || !ram[page] || areas[0].wp[page],
+             "page %lu is not saved yet and can be written", page);
     }
     for (uint64_t locator = 0; locator < MOST; locator++)
         kept += shelf[locator] != 0;

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("engine", "pagemap", "uffd", "fault", "install", "remove", "blocks", "unit", "coarse", "map")
+SOURCES = ("engine", "pagemap", "uffd", "fault", "install", "remove", "blocks", "unit", "coarse", "live", "map")
 REPLACED = ("ioctl", "madvise", "clock_gettime")
 DECLARATIONS = """
 struct pv_engine *fake_open(uint64_t pages, uint64_t small_blocks, uint32_t how);
@@ -41,15 +41,23 @@ int pv_engine_break(struct pv_engine *engine, uint64_t block);
 int pv_trace_start(struct pv_engine *engine, uint32_t shift, uint32_t refine);
 int pv_trace_collect(struct pv_engine *engine, uint64_t *bits);
 int pv_trace_stop(struct pv_engine *engine);
+struct pv_live_progress { uint64_t blocks, saved, copied, waits, page; uint32_t home, cause; int error; };
+int pv_live_begin(struct pv_engine *engine, void *pack, uint32_t buffers, int python_homes);
+void pv_live_end(struct pv_engine *engine, uint8_t *large, struct pv_live_progress *out);
+int fake_freeze(struct pv_engine *engine, int python_homes);
+int fake_drain(struct pv_engine *engine, struct pv_live_progress *told);
+void fake_packed(struct pv_engine *engine, uint64_t *values);
 """
 CALLS = ("move", "copy", "zero", "protect", "register", "unregister", "scan", "drop", "collapse", "populate", "advise",
-         "fetch", "store")  # fmt: skip
+         "fetch", "store", "write")  # fmt: skip
 ERRORS = (errno.EAGAIN, errno.EBUSY, errno.ENOMEM, errno.EINTR, errno.EIO)
 MOVE, POISON = 1, 2
 ZERO, ASIDE, SWAP = 1, 2, 4
 BLOCK = 512
 PAGES = 2 * BLOCK + 5
 TORN, MISSING, NOWHERE = (1 << 64) - 1, (1 << 64) - 2, (1 << 64) - 3
+
+LIVE_DONE, LIVE_STOPPED = 3, 4
 
 EXAMPLES = 60
 """Of the state machine; some 20 s."""
@@ -111,6 +119,7 @@ class Engine(RuleBasedStateMachine):
         self.model = [0] * PAGES
         self.pins = []
         self.traced = False
+        self.live, self.python, self.instant, self.injected = False, 0, None, False
         self.written = set()
         self.bits = ffi.new("uint64_t[]", PAGES // 64 + 1)
 
@@ -121,6 +130,8 @@ class Engine(RuleBasedStateMachine):
         try:
             for page, count in self.pins:
                 self.lib.pv_engine_unpin(self.engine, page, count)
+            if self.live:
+                self.end_live()
             if self.traced:
                 assert self.lib.pv_trace_stop(self.engine) == 0
             self.traced, self.pins = False, []
@@ -148,6 +159,7 @@ class Engine(RuleBasedStateMachine):
     )
     def inject(self, call, skip, part, error, times):
         """What is to fail from now on; until cleared, or through."""
+        self.injected = True
         self.lib.fake_inject(call, skip, part, error, times)
 
     @rule()
@@ -223,6 +235,9 @@ class Engine(RuleBasedStateMachine):
     @precondition(lambda self: not self.traced)
     @rule(shift=st.sampled_from([12, 14, 21, 22, 30]), refine=st.integers(0, 2))
     def trace(self, shift, refine):
+        if self.live:
+            assert self.lib.pv_trace_start(self.engine, shift, refine) < 0
+            return
         self.written.clear()
         self.traced = self.lib.pv_trace_start(self.engine, shift, refine) == 0
         ffi.memmove(self.bits, bytes(ffi.sizeof(self.bits)), ffi.sizeof(self.bits))
@@ -243,13 +258,52 @@ class Engine(RuleBasedStateMachine):
         assert self.lib.pv_trace_stop(self.engine) == 0
         self.traced = False
 
+    @precondition(lambda self: not self.live)
+    @rule(python=st.integers(0, 1))
+    def arm(self, python):
+        """A live save begins: RAM is protected, as far as nobody works with it."""
+        self.lib.fake_clear()
+        result = self.lib.pv_live_begin(self.engine, ffi.NULL, 3, python)
+        assert result == (-errno.EBUSY if self.traced else 0)
+        self.live, self.python, self.instant, self.injected = not self.traced, python, None, False
+
+    @precondition(lambda self: self.live and self.instant is None)
+    @rule()
+    def freeze(self):
+        """The instant. The drain thread has the first block then, and waits."""
+        result = self.lib.fake_freeze(self.engine, self.python)
+        assert result == 0 or self.injected
+        self.instant = list(self.model) if result == 0 else []
+
+    @precondition(lambda self: self.live and self.instant is not None)
+    @rule()
+    def drain(self):
+        """What was not saved by then is: all of it is as it was at the instant, or the save has failed."""
+        told, found = ffi.new("struct pv_live_progress *"), ffi.new("uint64_t[]", PAGES)
+        mode = self.lib.fake_drain(self.engine, told)
+        assert mode == (LIVE_STOPPED if told.error else LIVE_DONE)
+        assert not told.error or self.injected
+        self.lib.fake_packed(self.engine, found)
+        wrong = [(page, found[page], was) for page, was in enumerate(self.instant) if found[page] != was]
+        assert mode == LIVE_STOPPED or wrong[:5] == []
+        self.end_live()
+
+    def end_live(self):
+        self.lib.fake_clear()
+        if self.instant is not None:
+            self.lib.fake_drain(self.engine, ffi.new("struct pv_live_progress *"))
+        self.lib.pv_live_end(self.engine, ffi.NULL, ffi.NULL)
+        self.live, self.instant = False, None
+
     @invariant()
     def balanced(self):
         if not hasattr(self, "engine"):
             return
         text = ffi.new("char[300]")
         pins = sum((page + count - 1) // BLOCK - page // BLOCK + 1 for page, count in self.pins)
-        assert not self.lib.fake_check(self.engine, int(self.traced), pins, text, 300), ffi.string(text).decode()
+        assert not self.lib.fake_check(self.engine, int(self.traced or self.live), pins, text, 300), ffi.string(
+            text
+        ).decode()
         found = ffi.new("uint64_t[]", PAGES)
         self.lib.fake_values(self.engine, found)
         wrong = [(page, found[page], self.model[page]) for page in range(PAGES) if found[page] != self.model[page]]
@@ -328,6 +382,73 @@ def test_an_installation_that_stops_halfway(lib, engine, call, part, error, home
     assert balance(lib, own) == ""
     lib.fake_clear()
     assert {lib.guest_read(own, page) for page in range(BLOCK)} == {7}
+    assert lib.pv_engine_install(own, 0, PAGES) == 0
+    assert balance(lib, own) == ""
+    assert not lib.fake_armed()
+
+
+@pytest.mark.parametrize("how", [0, MOVE])
+@pytest.mark.parametrize("small", [0, 1])
+@pytest.mark.parametrize("python", [0, 1])
+@pytest.mark.parametrize("change", ["write", "remove", "zeros", "install", "store", "pin", "merge", "break"])
+def test_a_live_save_is_of_its_instant(lib, engine, how, small, python, change):
+    """Whatever locks a block after it, the block was saved before; the first one by the drain thread."""
+    own, told, found = engine(how, small), ffi.new("struct pv_live_progress *"), ffi.new("uint64_t[]", PAGES)
+    fill(lib, own)
+    assert lib.pv_engine_remove(own, BLOCK + 3, 40, 0) == 40
+    assert lib.pv_engine_store(own, BLOCK + 10, 20, SWAP) == 20
+    assert lib.pv_live_begin(own, ffi.NULL, 2, python) == 0
+    assert lib.guest_write(own, BLOCK, 8) == 0  # before the instant
+    assert lib.fake_freeze(own, python) == 0
+    assert balance(lib, own, 1) == ""
+    if change == "write":
+        assert lib.guest_write(own, BLOCK + 5, 9) == 0
+        assert lib.guest_write(own, 2 * BLOCK + 1, 9) == 0
+    elif change in ("remove", "zeros"):
+        assert lib.pv_engine_remove(own, BLOCK, BLOCK, int(change == "zeros")) >= 0
+    elif change == "install":
+        assert lib.pv_engine_install(own, 0, PAGES) == 0
+    elif change == "store":
+        assert lib.pv_engine_store(own, BLOCK, 8, SWAP) == 5
+    elif change == "pin":
+        assert lib.pv_engine_pin(own, BLOCK, 1) == 0
+        lib.pv_engine_unpin(own, BLOCK, 1)
+    elif change == "merge":
+        assert lib.pv_engine_merge(own, 1) == 0
+    else:
+        assert lib.pv_engine_break(own, 1) == 0
+    assert lib.guest_write(own, BLOCK + 500, 1) == 0
+    assert balance(lib, own, 1) == ""
+    assert lib.fake_drain(own, told) == LIVE_DONE
+    assert (told.error, told.saved, told.blocks, told.waits) == (0, 3, 3, 0)
+    assert told.copied >= 1
+    lib.fake_packed(own, found)
+    assert list(found) == [7] * BLOCK + [8] + [7] * (BLOCK - 1) + [0] * 5
+    lib.pv_live_end(own, ffi.NULL, ffi.NULL)
+    assert balance(lib, own) == ""
+
+
+@pytest.mark.parametrize("call", ["protect", "scan", "fetch", "write", "register"])
+@pytest.mark.parametrize("skip", range(4))
+def test_a_live_save_that_fails_leaves_nothing_behind(lib, engine, call, skip):
+    own, told = engine(), ffi.new("struct pv_live_progress *")
+    fill(lib, own)
+    assert lib.pv_engine_remove(own, BLOCK, BLOCK, 0) == BLOCK
+    assert lib.pv_engine_store(own, BLOCK, 20, SWAP) == 20
+    lib.fake_inject(CALLS.index(call), skip, 0, errno.EIO, 1)
+    result = lib.pv_live_begin(own, ffi.NULL, 2, 0)
+    if result == 0:
+        result = lib.fake_freeze(own, 0)
+        assert lib.guest_write(own, 1, 5) == 0
+        mode = lib.fake_drain(own, told)
+        assert mode == (LIVE_STOPPED if told.error else LIVE_DONE)
+        assert told.error in (0, errno.EIO)
+        assert told.error or lib.fake_pending() or call == "scan"  # pagemap is read where it cannot be scanned
+        lib.pv_live_end(own, ffi.NULL, ffi.NULL)
+        assert lib.guest_read(own, 1) == 5
+    else:
+        assert result == -errno.EIO
+    lib.fake_clear()
     assert lib.pv_engine_install(own, 0, PAGES) == 0
     assert balance(lib, own) == ""
     assert not lib.fake_armed()

@@ -4,10 +4,11 @@
 
 from __future__ import annotations
 
+import errno
 from contextlib import suppress
 
 from pyvmm._native import ffi, lib
-from pyvmm.errors import BadInput, PyvmmError, check
+from pyvmm.errors import BadInput, HostError, PyvmmError, check
 from pyvmm.layout import BLOCK_SIZE, GIB, PAGE_SIZE, parse_size
 from pyvmm.memory.trace.trace import Trace
 from pyvmm.record import Record
@@ -65,7 +66,10 @@ class Coarse(Trace):
         return CoarseStats(out)
 
     def _arm(self) -> None:
-        check(self._engine.call(lib.pv_trace_start, self._shift, self._refine), "UFFDIO_WRITEPROTECT")
+        result = self._engine.call(lib.pv_trace_start, self._shift, self._refine)
+        if result == -errno.EBUSY:
+            raise HostError("a live snapshot is being saved, which uses the same protection: trace when it is done")
+        check(result, "UFFDIO_WRITEPROTECT")
 
     def _fetch(self, bits: CData) -> None:
         check(self._engine.call(lib.pv_trace_collect, bits), "UFFDIO_WRITEPROTECT")
