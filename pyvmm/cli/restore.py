@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from pyvmm.cli import clones
 from pyvmm.cli.run import Watched
 from pyvmm.machine import VM
 
@@ -13,10 +14,10 @@ if TYPE_CHECKING:
 
 class _Restored(Watched):
     def make(self) -> VM:
-        args = self.args
-        return VM.restore(args.file, lazy=args.lazy, fill=args.fill == "all", pages=args.pages)
+        return clones.restore(self.args)
 
 
 def run(args: Arguments) -> int:
     """The command: the guest's status, as for `run`; 2 for a file that cannot be restored."""
-    return _Restored(args).run()
+    clones.check_count(args)
+    return _Restored(args).run() if args.count == 1 else clones.run(args)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pyvmm.errors import SnapshotError, StateError
+from pyvmm.machine.generation import renew
 from pyvmm.snapshot import Snapshot
 from pyvmm.snapshot.lazy import FileHome
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
         lazy: bool
         fill: bool
+        generation: bool
         pages: Pages
         output: Callable[[bytes], None] | None
         progress: Progress | None
@@ -32,6 +34,7 @@ def restore(
     *,
     lazy: bool = False,
     fill: bool = True,
+    generation: bool = True,
     pages: Pages = "auto",
     output: Callable[[bytes], None] | None = None,
     progress: Progress | None = None,
@@ -39,9 +42,10 @@ def restore(
     """A new VM from a file, not started.
 
     lazy: RAM is read when it is touched, and the rest meanwhile unless `fill` is False; else all of it now.
-    pages, output: as of VM(); progress: told (bytes read, of how many). Raises SnapshotError for a file that is
-    damaged, foreign or of another version; where a block is found damaged only later, the VM is paused and wait()
-    raises FetchError.
+    generation: tell the guest that it is another one now, and give it a new seed (pyvmm.machine.generation); else RAM
+    is exactly as it was. pages, output: as of VM(); progress: told (bytes read, of how many).
+    Raises SnapshotError for a file that is damaged, foreign or of another version, FetchError where the block with the
+    progress page is; where another one is found damaged only later, the VM is paused and wait() raises FetchError.
     """
     snapshot = Snapshot.open(path)
     try:
@@ -53,6 +57,8 @@ def restore(
             else:
                 snapshot.load_into(vm.memory, progress)
             vm.restore_state(snapshot.states)
+            if generation:
+                renew(vm.memory)
             if lazy and fill:
                 home.fill(vm.hold)
         except BaseException:
