@@ -16,7 +16,7 @@
 /* ---- ELF note of owner "pyvmm": a line that says what the guest does, then a line an option ---- */
 #define PV_NOTE_ABOUT 1
 
-/* ---- the progress page: written by the guest, read by the host without an exit ---- */
+/* ---- the progress page: written by the guest (but for some words), read by the host without an exit ---- */
 #define PV_PROGRESS_MAGIC 0x5353524750565950 /* "PYVPGRSS" */
 #define PV_PROGRESS_VERSION 1
 
@@ -53,7 +53,11 @@ struct pv_progress {
     uint64_t wrong_expected;
     uint64_t wrong_found;
     uint64_t tsc_khz; /* of longest_gap; 0 where the guest keeps none */
-    uint64_t spare[4];
+    /* Written by the host alone, all four while no vCPU runs: the guest looks at the generation to see whether it goes on
+     * from a snapshot, and has a seed that no other VM has. */
+    uint8_t generation[16]; /* random, another one after each restore; zeros in a VM that booted */
+    uint64_t restores;      /* how often it was restored; snapshots of restored VMs count on */
+    uint64_t random_seed;   /* at the first instruction, and with each generation; 0 where the loader gives none */
     struct pv_work work[PV_MAX_CPUS];
 };
 #endif

@@ -25,7 +25,10 @@ _Noreturn void refuse(const char *text, const char *subject)
 
 static void progress_init(void)
 {
-    memset((void *)PV_PROGRESS_GPA, 0, sizeof(struct pv_progress));
+    /* Where the host has prepared the page, its magic is there, and in front of `work` all else is zeros but what the
+     * host says (machine/generation.py). */
+    size_t kept = progress->magic == PV_PROGRESS_MAGIC ? offsetof(struct pv_progress, work) : 0;
+    memset((void *)(PV_PROGRESS_GPA + kept), 0, sizeof(struct pv_progress) - kept);
     for (size_t i = 0; i < sizeof(progress->guest) - 1 && guest_name[i]; i++)
         progress->guest[i] = guest_name[i];
     progress->version = PV_PROGRESS_VERSION;

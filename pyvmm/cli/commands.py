@@ -100,6 +100,7 @@ COMMANDS = (
         Option("--lazy", "run at once, and read RAM when it is touched", bool),
         Option("--fill", "with --lazy: bring all the rest meanwhile, or none", default="all", choices=("all", "none")),
         Option("--map", "with --lazy: show where RAM is while it comes", bool),
+        Option("--count", "as many VMs at once, each a clone that knows that it is one (default 1)", int, 1, "N"),
         _PAGES,
         Option("--timeout", "end the guest then, with status 124", float, metavar="SECONDS"),
         Option("--stats", "print exits, mappings and rates at the end", bool),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 
+from pyvmm.cli import clones
 from pyvmm.cli.run import Watched
 from pyvmm.errors import BadInput
 from pyvmm.machine import VM, RunResult
@@ -26,8 +27,7 @@ class _Restored(Watched):
         if self.args.map:
             from pyvmm.cli import filling  # noqa: F401  (its imports are not part of what is timed)
         self._begin = time.perf_counter()
-        args = self.args
-        return VM.restore(args.file, lazy=args.lazy, fill=args.fill == "all", pages=args.pages)
+        return clones.restore(self.args)
 
     def prepare(self, vm: VM) -> None:
         if self.args.map:
@@ -47,4 +47,5 @@ class _Restored(Watched):
 
 def run(args: Arguments) -> int:
     """The command: the guest's status, as for `run`; 2 for a file that cannot be restored."""
-    return _Restored(args).run()
+    clones.check_count(args)
+    return _Restored(args).run() if args.count == 1 else clones.run(args)

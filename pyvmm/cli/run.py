@@ -25,7 +25,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _BROKEN_PIPE = EXIT_SIGNAL + 13
 
 
-class _Signals:
+class Signals:
     """Within its `with`, the first signal that asks us to end calls `stop(128+n)`, or watch() does; later ones nothing.
 
     The handler raises nothing, since that could come in the middle of a thread's start or join, and takes no lock,
@@ -95,10 +95,10 @@ class Session:
 
     def run(self) -> int:
         """Returns the guest's status, 124 after --timeout, 125 after a crash, 128+n after signal n."""
-        with _Signals() as signals:
+        with Signals() as signals:
             return self._run(signals)
 
-    def _run(self, signals: _Signals) -> int:
+    def _run(self, signals: Signals) -> int:
         args = self.args
         with self.make() as vm:
             self.prepare(vm)

@@ -68,7 +68,7 @@ def _line(begin: float) -> Callable[[Torture], None]:
         if now - shown < interval:
             return
         shown = now
-        progress, stats = torture.vm.progress(), torture.vm.memory.engine.stats()
+        progress, stats = torture.vm.progress(), torture.subject.stats()
         text = (
             f"{now - begin:6.1f} s  {torture.operations:,} operations ({torture.operations / (now - begin):,.0f}/s), "
             f"{stats.faults:,} faults, {progress.count:,} pages checked"
@@ -80,7 +80,7 @@ def _line(begin: float) -> Callable[[Torture], None]:
 
 def _summary(torture: Torture, seconds: float, failure: TortureFailure | None) -> dict[str, object]:
     """The outcome as plain data; times in ns where the name does not say otherwise."""
-    stats = torture.vm.memory.engine.stats()
+    stats = torture.subject.stats()
     return {
         "seed": torture.seed,
         "ok": failure is None,
@@ -110,7 +110,7 @@ def _mean(total: int, count: int) -> int:
 def _show(torture: Torture, result: dict[str, object]) -> None:
     if sys.stderr.isatty():
         print(file=sys.stderr)
-    stats = torture.vm.memory.engine.stats()
+    stats = torture.subject.stats()
     console = Console(highlight=False)
     title = (
         f"{torture.vm!r}, seed {torture.seed}: {torture.operations:,} operations, {torture.checks} full checks, "

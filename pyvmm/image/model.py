@@ -64,14 +64,15 @@ class Entry(Record):
 
 class Image(Record):
     """A parsed guest file. `format` is its name in the table of formats; segments are in order and do not overlap.
+    `keeps_progress`: it is made with the library in guest/lib, and so has a progress page (guest/abi.h).
 
     Raises ImageError where there is no segment, where two overlap, and where the entry lies in none of them or
     beyond what its mode can address.
     """
 
-    __slots__ = ("entry", "format", "segments")
+    __slots__ = ("entry", "format", "keeps_progress", "segments")
 
-    def __init__(self, format: str, segments: tuple[Segment, ...], entry: Entry) -> None:
+    def __init__(self, format: str, segments: tuple[Segment, ...], entry: Entry, keeps_progress: bool = False) -> None:
         if not segments:
             raise ImageError("no loadable segment")
         check_apart(("segment", segment) for segment in segments)
@@ -82,6 +83,7 @@ class Image(Record):
         self.format = format
         self.segments = tuple(sorted(segments, key=lambda segment: segment.gpa.value))
         self.entry = entry
+        self.keeps_progress = keeps_progress
 
     __hash__ = None  # type: ignore[assignment]
 

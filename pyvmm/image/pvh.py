@@ -48,7 +48,8 @@ def parse(data: bytes, at: Gpa | None = None) -> Image:
     if len(note.descriptor) not in (4, 8):
         raise ImageError(f"PVH note: entry of {len(note.descriptor)} bytes, where 4 or 8 are needed")
     entry = Gpa(int.from_bytes(note.descriptor, "little"))
-    return Image("pvh", read.segments, Entry("protected32", entry))
+    ours = any(note.name == b"pyvmm" for note in read.notes)
+    return Image("pvh", read.segments, Entry("protected32", entry), keeps_progress=ours)
 
 
 def boot(image: Image, ram: tuple[Region, ...], command_line: str, modules: tuple[Module, ...]) -> Boot:

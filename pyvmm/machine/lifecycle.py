@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from pyvmm.vcpu import Vcpu
 
 
+_PAUSE_LIMIT = 10.0
+"""Seconds after which a vCPU that does not park is a fault of ours or of the host."""
 _HOLD_LIMIT = 0.5
 """Seconds in which a vCPU parks or ends that a signal reaches."""
 
@@ -84,10 +86,13 @@ class Lifecycle:
 
         A vCPU that KVM has waiting for a page, where no signal reaches it, does not park: it stands still as it is.
         """
+        with self._lock:
+            self.trouble = trouble  # at once: pause() may be waiting for a vCPU that it has to do with
         with self._pausing:
             with self._lock:
-                self.trouble = trouble
-                if self._closed or self.outcome is not None:
+                if (
+                    self._closed or self.outcome is not None or self.trouble is None
+                ):  # None: somebody was told, and tries
                     return
                 self.paused = self.started
                 for vcpu in self._vcpus if self.paused else ():
@@ -98,7 +103,9 @@ class Lifecycle:
             self._news.set()
 
     def pause(self) -> float:
-        """Parks all vCPUs and returns the seconds that took; after the guest's end waits for that instead."""
+        """Parks all vCPUs and returns the seconds that took; after the guest's end waits for that instead.
+
+        Raises what hold() was told where that is why a vCPU does not park."""
         self.require_foreign("wait for itself to pause")
         begin = time.perf_counter()
         with self._pausing:
@@ -110,10 +117,21 @@ class Lifecycle:
                 for vcpu in self._vcpus if self.paused else ():  # to park now would undo the request to stop
                     vcpu.request_pause()
             for vcpu in self._vcpus:
-                vcpu.wait_parked()
+                self._await_parked(vcpu)
             if not self.paused:
                 self._ended.wait()  # the threads are through, and only have to say so
         return time.perf_counter() - begin
+
+    def _await_parked(self, vcpu: Vcpu) -> None:
+        end = time.monotonic() + _PAUSE_LIMIT
+        while True:
+            try:
+                return vcpu.wait_parked(_HOLD_LIMIT)
+            except HostError:
+                if self.trouble is not None:
+                    raise self.trouble from None
+                if time.monotonic() > end:
+                    raise HostError(f"vCPU {vcpu.index} did not park within {_PAUSE_LIMIT:g} s") from None
 
     def resume(self) -> PyvmmError | None:
         """Lets paused vCPUs go on; returns what they were held for. Raises LifecycleError unless they are paused."""

@@ -9,6 +9,7 @@ from pyvmm._native import lib
 from pyvmm.errors import BadInput, ImageError
 from pyvmm.image import boot_image, check_fits, encode_command_line, place_modules, read_file, read_image
 from pyvmm.layout import BLOCK_SIZE, GIB, PAGE_SIZE, Gpa
+from pyvmm.machine import generation
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -52,6 +53,8 @@ def load(memory: GuestMemory, image: Image, command_line: str, initrd: str | Non
     modules = place_modules(named, memory.regions, image.segments)
     boot = boot_image(image, memory.regions, command_line, modules)
     fresh = memory.untouched
+    if image.keeps_progress:
+        generation.seed(memory)
     for segment in (*image.segments, *boot.segments):
         _place(memory, segment, fresh)
     for module, data in zip(modules, contents, strict=True):

@@ -190,6 +190,7 @@ class VM:
     def pause(self) -> float:
         """Parks all vCPUs and returns the seconds that took. No I/O is half done then, and state can be saved.
 
+        Raises FetchError where a vCPU does not park because it waits for a page that cannot be brought back.
         Must not be called on a vCPU's own thread, such as by a device.
         """
         return self._life.pause()

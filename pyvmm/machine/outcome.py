@@ -71,12 +71,13 @@ class Progress(Record):
     """A guest's progress page, as it was when it was read (guest/abi.h, struct pv_progress).
 
     status: "booting" (or a guest that keeps none), "running", "done" or "failed"; wrong_gpa, wrong_expected and
-    wrong_found: the first wrong byte, where the guest found one; tsc_khz: of longest_gap, 0 where it is not kept.
+    wrong_found: the first wrong byte, where the guest found one; tsc_khz: of longest_gap, 0 where it is not kept;
+    generation, restores, random_seed: what the host told the guest (pyvmm.machine.generation).
     """
 
     __slots__ = (
-        "detail", "guest", "region_gpa", "region_size", "seed", "status", "tsc_khz", "work",
-        "wrong_expected", "wrong_found", "wrong_gpa",
+        "detail", "generation", "guest", "random_seed", "region_gpa", "region_size", "restores", "seed", "status",
+        "tsc_khz", "work", "wrong_expected", "wrong_found", "wrong_gpa",
     )  # fmt: skip
 
     def __init__(self, page: bytes) -> None:
@@ -92,6 +93,9 @@ class Progress(Record):
         self.wrong_expected: int = raw.wrong_expected
         self.wrong_found: int = raw.wrong_found
         self.tsc_khz: int = raw.tsc_khz
+        self.generation = bytes(raw.generation)
+        self.restores: int = raw.restores
+        self.random_seed: int = raw.random_seed
         cpus = min(raw.cpus, lib.PV_MAX_CPUS) if valid else 0  # the guest may have written anything
         self.work = [Work(w.count, w.writes, getattr(w, "pass"), w.index, w.longest_gap) for w in raw.work[0:cpus]]
 

@@ -7,6 +7,7 @@ from contextlib import suppress
 
 from pyvmm.errors import BadInput, FetchError, MemoryAccessError, SnapshotError, StateError
 from pyvmm.layout import PAGE_SIZE, Gpa
+from pyvmm.machine.generation import renew
 from pyvmm.snapshot import Snapshot
 from pyvmm.snapshot.lazy import FileHome
 from pyvmm.vcpu.registers import saved_registers
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
         prefetch: bool
         populate: bool
         record: bool
+        generation: bool
         pages: Pages
         output: Callable[[bytes], None] | None
         progress: Progress | None
@@ -49,6 +51,7 @@ def restore(
     prefetch: bool = False,
     populate: bool = False,
     record: bool = False,
+    generation: bool = True,
     pages: Pages = "auto",
     output: Callable[[bytes], None] | None = None,
     progress: Progress | None = None,
@@ -59,9 +62,12 @@ def restore(
     fill_rate bytes a second of it; unit: how much a touch brings (pyvmm.memory.engine.UNITS); prefetch: the file's
     working set comes ahead of the guest, in one pass; populate: before its first instruction; record: the order of
     first touches is kept for vm.restored.working_set() (then there is no fill).
+    generation: tell the guest that it is another one now, and give it a new seed (pyvmm.machine.generation); else RAM
+    is exactly as it was.
     pages, output: as of VM(); with pages="auto" a block that was small at the source and holds little stays so.
     progress: told (bytes read, of how many). Raises SnapshotError for a file that is damaged, foreign or of another
-    version; where a block is found damaged only later, the VM is paused and wait() raises FetchError.
+    version, FetchError where the block with the progress page is; where another one is found damaged only later, the
+    VM is paused and wait() raises FetchError.
     """
     if not lazy and (prefetch or populate or record or fill_rate is not None or unit != "adaptive"):
         raise BadInput("how memory comes when it is touched (prefetch, record, ...) goes with lazy=True")
@@ -80,12 +86,16 @@ def restore(
             with snapshot:
                 snapshot.load_into(vm.memory, progress)
                 vm.restore_state(snapshot.states)
+                if generation:
+                    renew(vm.memory)
             return vm
         vm.memory.keep(snapshot.close)
         home = vm.restored = FileHome(snapshot, vm.memory, unit)
         vm.memory.keep(home.close)
         vm.memory.before_end(home.end)
         vm.restore_state(snapshot.states)
+        if generation:
+            renew(vm.memory)
         if record:
             home.record()
         elif populate:

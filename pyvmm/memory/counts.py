@@ -9,6 +9,8 @@ from pyvmm.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from pyvmm._native import CData
 
 OPERATIONS = ("remove", "install", "split", "merge", "break", "store")
@@ -120,6 +122,11 @@ class EngineStats(Record):
 
     __hash__ = None  # type: ignore[assignment]
 
+    def add(self, other: EngineStats) -> None:
+        """Counts in those of another engine, of a VM with as many vCPUs."""
+        for name in self.__slots__:
+            setattr(self, name, _sum(getattr(self, name), getattr(other, name)))
+
     def percentile(self, share: float) -> int:
         """A latency in ns that the given share (0 to 1) of the faults stayed below, to the next power of two."""
         left = share * sum(self.latency)
@@ -132,3 +139,17 @@ class EngineStats(Record):
 
 LOOKS = ("untouched", "large", "small", *HOMES)
 """How a block looks, by number (PV_LOOK_*); "present" is never said."""
+
+
+def _sum(one: Any, other: Any) -> Any:  # noqa: ANN401 (numbers, and what is made of them)
+    """`longest` is no sum."""
+    if isinstance(one, Record):
+        for name in one.__slots__:
+            mine, theirs = getattr(one, name), getattr(other, name)
+            setattr(one, name, max(mine, theirs) if name == "longest" else _sum(mine, theirs))
+        return one
+    if isinstance(one, dict):
+        return {name: _sum(one[name], other[name]) for name in one}
+    if isinstance(one, list):
+        return [_sum(mine, theirs) for mine, theirs in zip(one, other, strict=True)]
+    return one + other

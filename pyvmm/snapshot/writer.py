@@ -112,7 +112,10 @@ class Writer:
         Raises BadInput for a page given twice or beyond RAM, HostError where the file cannot be written: then, the
         writer is of no use any more.
         """
-        source = ffi.from_buffer("uint8_t[]", data)
+        with ffi.from_buffer("uint8_t[]", data) as source:  # an error's traceback must not hold `data`, a view perhaps
+            self._add_runs(runs, source)
+
+    def _add_runs(self, runs: Iterable[tuple[int, int]], source: CData) -> None:
         left, at = ffi.sizeof(source), 0
         self._begin_change()
         for first, count in runs:

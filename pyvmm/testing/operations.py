@@ -4,11 +4,13 @@
 
 from __future__ import annotations
 
+import os
 import random
+import time
 from collections import Counter, deque
 
 from pyvmm._native import ffi
-from pyvmm.errors import PyvmmError
+from pyvmm.errors import HostError, PyvmmError
 from pyvmm.layout import BLOCK_SIZE, PAGE_SIZE, Gpa
 from pyvmm.memory.homes import Home
 from pyvmm.memory.trace.coarse import Coarse
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from typing import Literal, TypeAlias
 
     from pyvmm.machine import VM
+    from pyvmm.memory.counts import EngineStats
     from pyvmm.memory.trace import Trace
 
     Scope: TypeAlias = Literal["block", "run", "scratch", "none"]
@@ -27,6 +30,10 @@ if TYPE_CHECKING:
 BLOCK_PAGES = BLOCK_SIZE // PAGE_SIZE
 SCRATCH_PAGES = 2 * BLOCK_PAGES
 """So many pages at the end of RAM are not the guest's, and the host writes there."""
+PATIENCE = 20
+"""Seconds until what takes as long does not come any more."""
+ZEROS = 100
+"""Of the guest's pages, per mille, are zeros."""
 
 TRACES: list[tuple[str, dict[str, object]]] = [
     ("coarse", {"unit": unit, "refine": refine}) for unit in ("4K", "64K", "2M", "8M", "1G") for refine in (0, 1, 3)
@@ -131,19 +138,41 @@ class Subject:
     with the number of the operation until which it is; dirty: pages traced since `baseline`, RAM as it was then."""
 
     def __init__(self, vm: VM, ring: bool = False) -> None:
-        self.vm = vm
         self._traces = RING_TRACES if ring else TRACES
-        self.memory = vm.memory
-        self.engine = vm.memory.engine
         self.pages = vm.memory.size // PAGE_SIZE
-        self.store = Store()
-        self.engine.set_home("swap", self.store)
+        self._former: list[EngineStats] = []
+        self._take(vm)
         self.written: dict[int, bytes] = {}
         self.views: deque[tuple[memoryview, int]] = deque()
         self.refused: Counter[str] = Counter()
         self._trace: Trace | None = None
         self.dirty = bytearray(-(-self.pages // 64) * 8)
         self.baseline: bytes | None = None
+
+    def _take(self, vm: VM) -> None:
+        self.vm = vm
+        self.memory = vm.memory
+        self.engine = vm.memory.engine
+        self.store = Store()
+        self.engine.set_home("swap", self.store)
+
+    def adopt(self, vm: VM) -> None:
+        """Goes on with another VM, which has the same in its memory; the one before is closed."""
+        self.stop_trace()
+        self.views.clear()
+        if self.store.wrong:
+            raise Wrong("; ".join(self.store.wrong))
+        self._former.append(self.engine.stats())
+        before = self.vm
+        self._take(vm)
+        before.close()
+
+    def stats(self) -> EngineStats:
+        """Of the engines of all VMs so far."""
+        stats = self.engine.stats()
+        for former in self._former:
+            stats.add(former)
+        return stats
 
     def gpa(self, operation: Operation) -> Gpa:
         """Where its pages begin."""
@@ -236,19 +265,50 @@ class Subject:
         self.baseline = None
 
 
+def check_contents(vm: VM, written: Mapping[int, bytes]) -> None:
+    """Is all memory of a VM that is paused as its guest, or the host, has left it? Raises Wrong."""
+    from pyvmm.testing.verify_model import check_memory
+
+    wrong = check_memory(vm.memory, vm.progress(), zeros=ZEROS, order="random")
+    if wrong:
+        raise Wrong(f"{len(wrong)} wrong pages: {'; '.join(page.text for page in wrong[:3])}")
+    for page, data in written.items():
+        if vm.memory.read(vm.memory.gpa_of(page), PAGE_SIZE) != data:
+            raise Wrong(f"page {page}, written by the host, has other bytes now")
+
+
+def _snapshot(subject: Subject, operation: Operation) -> None:
+    from pyvmm.testing.checkpoints import snapshot
+
+    snapshot(subject, operation)
+
+
 def _refusable(do: Callable[[Subject, Operation], object]) -> Callable[[Subject, Operation], None]:
     """An operation on a whole block, which the last one may not be, and which a held view may forbid."""
 
     def tried(subject: Subject, operation: Operation) -> None:
-        try:
-            if operation.count == BLOCK_PAGES:
-                do(subject, operation)
-        except PyvmmError as error:
-            if not subject.views or "in use" not in str(error):
-                raise
+        if operation.count == BLOCK_PAGES and not insist(lambda: do(subject, operation), lambda: not subject.views):
             subject.refused[operation.kind] += 1
 
     return tried
+
+
+def insist(do: Callable[[], object], for_long: Callable[[], bool] = lambda: True) -> bool:
+    """Does something to a block; was it done? While that is in use, and for_long(), it is tried for PATIENCE seconds: a
+    kernel thread that works with a page may be kept from running. Raises what else goes wrong."""
+    end = time.monotonic() + PATIENCE
+    while True:
+        try:
+            do()
+            return True
+        except HostError as error:
+            if "in use" not in str(error):
+                raise
+            if not for_long():
+                return False
+            if time.monotonic() > end:
+                raise
+            os.sched_yield()
 
 
 KINDS = {
@@ -270,4 +330,5 @@ KINDS = {
     "pause": Kind(2, "none", lambda s, o: s.pause()),
     "resume": Kind(6, "none", lambda s, o: s.resume()),
     "trace": Kind(3, "none", Subject.trace),
+    "snapshot": Kind(0.2, "none", _snapshot),
 }  # fmt: skip

@@ -8,14 +8,25 @@ import os
 import time
 from collections import Counter, deque
 from contextlib import contextmanager
+from functools import partial
 
 from pyvmm.errors import BadInput
 from pyvmm.host import has
 from pyvmm.layout import BLOCK_SIZE, GIB, MIB, PAGE_SIZE, format_size
-from pyvmm.machine import VM
 from pyvmm.testing.balance import imbalances
-from pyvmm.testing.operations import BLOCK_PAGES, KINDS, Subject, Wrong, sequence
-from pyvmm.testing.verify_model import check_memory, ram_hash
+from pyvmm.testing.checkpoints import Ringed, Tortured
+from pyvmm.testing.operations import (
+    BLOCK_PAGES,
+    KINDS,
+    PATIENCE,
+    ZEROS,
+    Subject,
+    Wrong,
+    check_contents,
+    insist,
+    sequence,
+)
+from pyvmm.testing.verify_model import ram_hash
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,21 +35,18 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from pyvmm.machine import VM
     from pyvmm.memory.space import Pages
     from pyvmm.testing.operations import Operation
 
 MIN_MEMORY = 16 * MIB
-ZEROS = 100
-"""Of the guest's pages, per mille, are zeros."""
-STUCK_SECONDS = 20
-"""So long without progress, and a vCPU waits for a page that never comes."""
 SETTLE_SECONDS = 5
 FIRST_TOUCH = 50 * MIB
 """Bytes a second that even a busy host gives out."""
 CHECK_EVERY = 400
 """Operations from one full check to the next."""
-RING_SEEDS, RING_ENTRIES = 1, 1024
-"""Seeds that are so modulo 4 have a VM with dirty rings, which the guest fills again and again."""
+RING_SEEDS = 1
+"""Seeds that are so modulo 4 have a VM with dirty rings."""
 _SCRATCH_BLOCKS = 3
 """At the end of RAM, not the guest's: more than the pages the host writes, since RAM may end within a block."""
 
@@ -63,19 +71,23 @@ class Torture:
         self.checks = 0
         self._last: deque[Operation] = deque(maxlen=20)
         ring = seed % 4 == RING_SEEDS and has("dirty_ring")
-        self.vm = VM(memory, cpus, pages, dirty_ring=RING_ENTRIES if ring else 0)
+        vm = (Ringed if ring else Tortured)(memory, cpus, pages)
         try:
             tables = memory > 3 * GIB  # of the guest's own, for what lies above
             size = (memory // BLOCK_SIZE - 1 - _SCRATCH_BLOCKS - tables) * BLOCK_SIZE
-            self.vm.load("verify", f"seed={seed} order=random zeros={ZEROS} size={size}")
-            self.vm.memory.engine.poison = True
-            self.subject = Subject(self.vm, ring)
-            self.vm.start()
-            patience = STUCK_SECONDS + memory / FIRST_TOUCH
+            vm.load("verify", f"seed={seed} order=random zeros={ZEROS} size={size}")
+            self.subject = Subject(vm, ring)
+            vm.start()
+            patience = PATIENCE + memory / FIRST_TOUCH
             self._await(lambda: self.vm.progress().passes > 0, "the guest's first pass", patience)
         except BaseException:
-            self.vm.close()
+            vm.close()
             raise
+
+    @property
+    def vm(self) -> VM:
+        """The one that is under torture now: a restored one takes the place of another."""
+        return self.subject.vm
 
     def __enter__(self) -> Torture:
         return self
@@ -151,7 +163,7 @@ class Torture:
         self.subject.stop_trace()
         for block in range(self.subject.pages // BLOCK_PAGES):
             self.subject.engine.install(block * BLOCK_PAGES, BLOCK_PAGES)
-            self.subject.engine.merge(block)
+            insist(partial(self.subject.engine.merge, block))
         self.subject.engine.install(0, self.subject.pages)
         passes = self.vm.progress().passes + 2
         self._await(lambda: self.vm.progress().passes >= passes, "a pass over merged memory")
@@ -165,12 +177,7 @@ class Torture:
         self._check_contents()
 
     def _check_contents(self) -> str:
-        wrong = check_memory(self.vm.memory, self.vm.progress(), zeros=ZEROS, order="random")
-        if wrong:
-            raise Wrong(f"{len(wrong)} wrong pages: {'; '.join(page.text for page in wrong[:3])}")
-        for page, data in self.subject.written.items():
-            if self.vm.memory.read(self.vm.memory.gpa_of(page), PAGE_SIZE) != data:
-                raise Wrong(f"page {page}, written by the host, has other bytes now")
+        check_contents(self.vm, self.subject.written)
         return ram_hash(self.vm.memory)
 
     def _check_books(self) -> None:
@@ -207,7 +214,7 @@ class Torture:
         if result.reason != "timeout":
             raise Wrong(f"the guest has ended: {result!r} {self.vm.printed.strip()!r}")
 
-    def _await(self, is_so: Callable[[], bool], what: str, seconds: float = STUCK_SECONDS) -> None:
+    def _await(self, is_so: Callable[[], bool], what: str, seconds: float = PATIENCE) -> None:
         end = time.monotonic() + seconds
         while not is_so():
             self._look_at_guest()

@@ -16,9 +16,6 @@ if TYPE_CHECKING:
 
     from pyvmm._native import CData
 
-PAUSE_LIMIT = 10.0
-"""Seconds after which a vCPU that does not park is a fault of ours or of the host."""
-
 
 class Vcpu:
     """A vCPU. Its registers and state may be read while it is parked or not started."""
@@ -84,7 +81,7 @@ class Vcpu:
         """Asks the thread to end; returns at once."""
         lib.pv_request(self.native, lib.PV_REQUEST_STOP)
 
-    def wait_parked(self, seconds: float = PAUSE_LIMIT) -> None:
+    def wait_parked(self, seconds: float) -> None:
         """Waits until the vCPU is parked or ended: no I/O half done, its state readable. Raises HostError then."""
         result = lib.pv_wait_parked(self.native, int(seconds * 1e9))
         if result == -errno.ETIMEDOUT:

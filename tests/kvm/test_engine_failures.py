@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 from engine_help import BLOCK, Shelf, both_ways, judge, passes, shelve, until, way, working
@@ -240,3 +241,33 @@ def test_a_home_that_gives_wrong_locators_loses_nothing(vm, way, found):
         engine.store(2 * BLOCK, 30, "swap")
     assert engine.count().homes["aside"] == 30
     assert machine.memory.read(Gpa(4 * MIB), 30 * PAGE_SIZE) == b"kept" * 30 * 1024
+
+
+def test_a_pause_that_meets_a_page_which_cannot_come_says_so(vm):
+    """Where KVM itself reads it, as a page table with shadow paging, no signal ends the wait; the vCPU does not park:
+    whoever pauses is told of the page, and soon."""
+    machine, shelf = working(vm, append="order=random"), Shelf()
+    asked, answer = threading.Event(), threading.Event()
+
+    def fail(page):
+        asked.set()
+        assert answer.wait(20)
+        raise OSError(errno.EIO, "disk")
+
+    machine.pause()
+    before = machine.progress().count
+    shelf.fail = fail
+    shelve(machine, shelf, 0)
+    machine.resume()
+    assert asked.wait(20)
+    timer = threading.Timer(0.2, answer.set)  # most likely during the pause; before it or after is right as well
+    timer.start()
+    with suppress(FetchError):  # KVM lets a vCPU park on some hosts
+        machine.pause()
+    timer.join()
+    with pytest.raises(FetchError, match="EIO"):
+        machine.wait(20)
+    shelf.fail = lambda page: None
+    machine.resume()
+    until(lambda: machine.progress().count > before + 1000)
+    judge(machine)

@@ -25,6 +25,8 @@ GUESTS = [
     ("timer", "64M", 1, "ticks=50", 20, 0, "SUCCESS: 50 ticks"),
     ("timer", "2M", 1, "ticks=20 mode=oneshot", 20, 0, "SUCCESS: 20 ticks"),
     ("timer", "64M", 2, "ticks=20 mode=deadline wait=spin", 20, 0, "SUCCESS: 20 ticks"),
+    ("dice", "64M", 1, "", 10, 0, "SUCCESS: 1000 throws: "),
+    ("dice", "2M", 2, "count=300000 check=1", 10, 0, "SUCCESS: 300000 throws: "),
     ("verify", "16M", 1, "passes=3", 20, 0, "SUCCESS: 10752 pages checked"),
     ("verify", "64M", 4, "passes=3 order=random write=50 zeros=100", 30, 0, "SUCCESS: 47616 pages checked"),
     ("verify", "64G", 2, "passes=2 size=32M seed=7", 20, 0, "SUCCESS: 16384 pages checked"),

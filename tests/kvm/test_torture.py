@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import json
+import random
 from contextlib import nullcontext
+from itertools import islice
 
 import pytest
 
@@ -12,6 +14,9 @@ from pyvmm.cli import main
 from pyvmm.layout import MIB
 from pyvmm.memory.engine import Engine
 from pyvmm.pytest_plugin import needs
+from pyvmm.testing import checkpoints
+from pyvmm.testing.checkpoints import Tortured
+from pyvmm.testing.operations import Operation, sequence
 from pyvmm.testing.torture import Torture, TortureFailure
 
 pytestmark = needs("kvm", "uffd_guest")
@@ -36,7 +41,7 @@ def test_torture(memory, cpus, pages, move):
         except TortureFailure as failure:
             pytest.fail(failure.report, pytrace=False)
         assert torture.checks >= 1
-        faults = torture.vm.memory.engine.stats().answers
+        faults = torture.subject.stats().answers
         assert faults["failed"] == 0
         assert faults["pages"] > 0
         print(f"{torture.operations} operations, {torture.checks} checks, faults {faults}")
@@ -69,3 +74,44 @@ def test_a_lost_page_is_found(monkeypatch, capsys):
     assert "pyvmm: seed 3: " in err
     assert "the last " in err
     assert "remove " in err
+
+
+@pytest.mark.parametrize(("seed", "pages"), [pytest.param(3, "2m", marks=needs("thp")), (1, "4k")])  # 1: dirty rings
+def test_snapshots_among_the_rest(seed, pages, tmp_path, monkeypatch):
+    """Many of them, with other operations between: the torture goes on with restored VMs too, and no file is left."""
+    monkeypatch.setattr(checkpoints, "_SHM", str(tmp_path))
+    with Torture(seed, 20 * MIB + 5 * 4096, 2, pages) as torture:
+        others = (each for each in sequence(seed, torture.subject.pages) if each.kind != "snapshot")
+        made, rng = {torture.vm}, random.Random(seed)
+        try:
+            for number in range(8):
+                torture.do(Operation(number, "snapshot", 0, 0, rng.getrandbits(32)))
+                made.add(torture.vm)
+                for operation in islice(others, 10):
+                    torture.do(operation)
+            torture.finish()
+        except TortureFailure as failure:
+            pytest.fail(failure.report, pytrace=False)
+        assert len(made) > 2, "no restored VM took the place of another"
+        assert torture.subject.stats().by_home["file"] > 0
+        assert torture.subject.stats().faults > torture.vm.memory.engine.stats().faults
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_page_that_a_snapshot_lost_is_found(tmp_path, monkeypatch):
+    """The oracle at work: by the comparison, by the copy's guest, or by the model; and the folder is removed."""
+    monkeypatch.setattr(checkpoints, "_SHM", str(tmp_path))
+    real = Tortured.restore.__func__
+
+    def restore(cls, path, **options):
+        machine = real(cls, path, **options)
+        machine.memory.write(machine.memory.gpa_of(7 * 512), b"lost")
+        return machine
+
+    monkeypatch.setattr(Tortured, "restore", classmethod(restore))
+    with Torture(3, 16 * MIB) as torture:
+        rng = random.Random(5)
+        with pytest.raises(TortureFailure, match=r"other bytes in the restored VM|wrong pages|has ended") as failure:
+            list(map(torture.do, (Operation(number, "snapshot", 0, 0, rng.getrandbits(32)) for number in range(50))))
+        assert "snapshot value=0x" in failure.value.report
+    assert list(tmp_path.iterdir()) == []

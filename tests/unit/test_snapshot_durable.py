@@ -243,3 +243,15 @@ def test_places_that_cannot_be(tmp_path, place, error, named):
     with pytest.raises(error, match=named):
         Writer(str(tmp_path / place), PAGES * PAGE_SIZE)
     assert sorted(os.listdir(tmp_path)) == ["fifo", "file", "folder"]
+
+
+def test_a_save_that_failed_holds_no_memory(tmp_path, monkeypatch):
+    """Who gives a view of guest memory and takes it back sees our error, not that the view is in use."""
+    with (
+        memoryview(bytearray(some_ram(1))) as view,
+        Writer(str(tmp_path / "a"), PAGES * PAGE_SIZE, BLOCK) as writer,
+    ):
+        with pytest.raises(BadInput, match="is given twice") as error:
+            writer.add_pages([(0, 1), (0, PAGES - 1)], view)
+        view.release()
+        del error
