@@ -65,15 +65,14 @@ class Writer:
             _fill(self._index, int(lib.PV_INDEX_PARENT))
         self._back = room(pages * 8)
         self._table = room(pages * ROW_SIZE)
-        # SAFETY: C keeps these addresses as long as this object lives: it holds what they are of.
-        self._held = [ffi.from_buffer("uint64_t[]", words) for words in (self._index, self._back)]
-        self._held += [ffi.from_buffer("struct pv_stored[]", self._table), ffi.new("uint64_t[]", pages // 64 + 1)]
-        self._held += [ffi.new("uint8_t[]", block_size), ffi.new("uint8_t[]", int(lib.PV_PACK_OUT) + block_size)]
-        self._pack = ffi.new("struct pv_pack *")
-        pack = self._pack
+        # SAFETY: C's threads use these until pv_pack_close(), which is called at the latest when the pack goes.
+        held = [ffi.from_buffer("uint64_t[]", words) for words in (self._index, self._back)]
+        held += [ffi.from_buffer("struct pv_stored[]", self._table), ffi.new("uint64_t[]", pages // 64 + 1)]
+        bare = ffi.new("struct pv_pack *")
+        self._pack = pack = ffi.gc(bare, lambda pack, held=held, bare=bare: lib.pv_pack_close(pack))
         pack.codec, pack.level = number, ZSTD_LEVEL
         pack.slots, pack.pages, pack.offset = block_size // PAGE_SIZE, pages, HEADER_SIZE
-        pack.index, pack.back, pack.table, pack.given, pack.staging, pack.out = self._held
+        pack.index, pack.back, pack.table, pack.given = held
         self._file = Pending(self.path, self._name)  # last: what fails before has no file to remove
         pack.fd = self._file.fd
 
@@ -165,6 +164,7 @@ class Writer:
         self._begin_change()
         pack = self._pack
         write_check(lib.pv_pack_write(pack), self._name)
+        lib.pv_pack_close(pack)
         data: dict[str, Buffer] = {
             "states": raw_states,
             "index": memoryview(self._index)[: pages * 8],
@@ -198,7 +198,10 @@ class Writer:
 
     def abandon(self) -> None:
         """Ends writing, if it has not ended: nothing of the new file stays, what was there before does."""
-        self._file.abandon()
+        try:
+            lib.pv_pack_close(self._pack)  # before the file's descriptor may be another file's
+        finally:
+            self._file.abandon()
 
 
 def _check_shape(memory_size: int, block_size: int) -> None:
