@@ -122,6 +122,9 @@ int pv_snapshot_read(const struct pv_snapshot *snapshot, uint64_t block, struct 
 /* Which pages this file is to bring: of those whose bit is set in `missing`, the ones in its blocks are set in `wanted`.
  * Those that are the parent's stay missing. */
 int pv_snapshot_choose(const struct pv_snapshot *snapshot, uint64_t *missing, uint64_t *wanted) PV_CHECKED;
+
+/* ---- load.c: from several threads at once, for different blocks ---- */
+
 /* Reads blocks from `first` on into RAM: those of their pages whose bit is set in `wanted`, which is cleared then.
  * *block is where an error came from, or behind the last. */
 int pv_snapshot_load(const struct pv_snapshot *snapshot, uint64_t first, uint64_t count, uint64_t *wanted, uint8_t *ram,

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import mmap
     from collections.abc import Iterable
 
+    from pyvmm._native import CData
     from pyvmm.memory.space import Buffer
     from pyvmm.snapshot.reader import Snapshot
     from pyvmm.state import State
@@ -69,7 +70,11 @@ class Writer:
         held = [ffi.from_buffer("uint64_t[]", words) for words in (self._index, self._back)]
         held += [ffi.from_buffer("struct pv_stored[]", self._table), ffi.new("uint64_t[]", pages // 64 + 1)]
         bare = ffi.new("struct pv_pack *")
-        self._pack = pack = ffi.gc(bare, lambda pack, held=held, bare=bare: lib.pv_pack_close(pack))
+
+        def close(pack: CData, _held: object = (held, bare)) -> None:
+            lib.pv_pack_close(pack)
+
+        self._pack = pack = ffi.gc(bare, close)
         pack.codec, pack.level = number, ZSTD_LEVEL
         pack.slots, pack.pages, pack.offset = block_size // PAGE_SIZE, pages, HEADER_SIZE
         pack.index, pack.back, pack.table, pack.given = held
