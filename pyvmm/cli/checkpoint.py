@@ -1,4 +1,4 @@
-# checkpoint.py: `pyvmm run --snapshot FILE [--snapshot-at CONDITION]`. Units: the guest's own of work, seconds.
+# checkpoint.py: `pyvmm run|restore --snapshot FILE [--snapshot-at CONDITION]`. Units: the guest's own of work, seconds.
 """`Condition`: when to save. `save_when`: waits for it, and saves."""
 
 from __future__ import annotations
@@ -6,6 +6,7 @@ from __future__ import annotations
 import sys
 import time
 
+from pyvmm.cli.progress import Bar
 from pyvmm.errors import BadInput
 from pyvmm.layout import format_size
 from pyvmm.machine import VM
@@ -34,13 +35,15 @@ class Condition:
         return self.what == "seconds" and seconds >= self.limit
 
 
-def save_when(vm: VM, condition: Condition, path: str, timeout: float | None) -> None:
-    """Saves once the condition holds, or the guest has ended or run for `timeout` seconds without that."""
+def save_when(vm: VM, condition: Condition, path: str, timeout: float | None, options: dict[str, object]) -> None:
+    """Saves once the condition holds, or the guest has ended or run for `timeout` seconds without that. options: of
+    VM.snapshot()."""
     begin = time.monotonic()
     while not condition.holds(vm, seconds := time.monotonic() - begin):
         if vm.wait(_LOOK_SECONDS).reason != "timeout" or (timeout is not None and seconds >= timeout):
             break
     began = time.perf_counter()
-    vm.snapshot(path)
+    with Bar("saving") as bar:
+        vm.snapshot(path, progress=bar.told, **options)  # type: ignore[arg-type]
     work = f"progress {vm.progress().count:,}, {format_size(vm.memory.size)}"
     print(f"pyvmm: {path}: {work}, in {(time.perf_counter() - began) * 1e3:.0f} ms", file=sys.stderr)

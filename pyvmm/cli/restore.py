@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+from pyvmm.cli.progress import Bar
 from pyvmm.cli.run import Watched
+from pyvmm.errors import BadInput
 from pyvmm.machine import VM
 
 TYPE_CHECKING = False
@@ -12,9 +14,21 @@ if TYPE_CHECKING:
 
 
 class _Restored(Watched):
+    def __init__(self, args: Arguments) -> None:
+        super().__init__(args)
+        if args.snapshot_incremental and args.snapshot is None:
+            raise BadInput("--snapshot-incremental says how, --snapshot FILE must say where to")
+
     def make(self) -> VM:
         args = self.args
-        return VM.restore(args.file, lazy=args.lazy, fill=args.fill == "all", pages=args.pages)
+        track = "bitmap" if args.snapshot_incremental else None
+        with Bar("reading") as bar:
+            return VM.restore(
+                args.file, lazy=args.lazy, fill=args.fill == "all", pages=args.pages, track=track, progress=bar.told
+            )
+
+    def save_options(self) -> dict[str, object]:
+        return super().save_options() | ({"parent": self.args.file} if self.args.snapshot_incremental else {})
 
 
 def run(args: Arguments) -> int:

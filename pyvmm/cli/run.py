@@ -131,9 +131,27 @@ class Session:
 
 
 class Watched(Session):
-    """With --live and --stats."""
+    """With --live and --stats, and --snapshot with all that belongs to it."""
+
+    def __init__(self, args: Arguments) -> None:
+        super().__init__(args)
+        if args.snapshot_at is not None and args.snapshot is None:
+            raise BadInput("--snapshot-at says when, --snapshot FILE must say where to")
+        if args.snapshot is not None:
+            from pyvmm.cli.checkpoint import Condition
+
+            self._condition = Condition(args.snapshot_at)
+
+    def save_options(self) -> dict[str, object]:
+        """Of VM.snapshot()."""
+        args = self.args
+        return {"block_size": args.snapshot_block, "codec": args.snapshot_codec, "order": args.snapshot_order}
 
     def wait(self, vm: VM) -> RunResult | None:
+        if self.args.snapshot is not None:
+            from pyvmm.cli.checkpoint import save_when
+
+            save_when(vm, self._condition, self.args.snapshot, self.args.timeout, self.save_options())
         if self.args.live:
             from pyvmm.cli.report import wait_live
 
@@ -152,23 +170,10 @@ class _Run(Watched):
         super().__init__(args)
         if args.trace is not None and args.trace < 1:
             raise BadInput(f"--trace {args.trace}: give a number of instructions, 1 or more")
-        if args.snapshot_at is not None and args.snapshot is None:
-            raise BadInput("--snapshot-at says when, --snapshot FILE must say where to")
-        if args.snapshot is not None:
-            from pyvmm.cli.checkpoint import Condition
-
-            self._condition = Condition(args.snapshot_at)
 
     def prepare(self, vm: VM) -> None:
         if self.args.trace is not None:
             vm.single_step(self.args.trace, lambda line: print(line, file=sys.stderr, flush=True))
-
-    def wait(self, vm: VM) -> RunResult | None:
-        if self.args.snapshot is not None:
-            from pyvmm.cli.checkpoint import save_when
-
-            save_when(vm, self._condition, self.args.snapshot, self.args.timeout)
-        return super().wait(vm)
 
 
 def run(args: Arguments) -> int:

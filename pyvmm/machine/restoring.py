@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         fill: bool
         pages: Pages
         output: Callable[[bytes], None] | None
+        track: str | None
         progress: Progress | None
 
 
@@ -34,12 +35,14 @@ def restore(
     fill: bool = True,
     pages: Pages = "auto",
     output: Callable[[bytes], None] | None = None,
+    track: str | None = None,
     progress: Progress | None = None,
 ) -> VM:
     """A new VM from a file, not started.
 
     lazy: RAM is read when it is touched, and the rest meanwhile unless `fill` is False; else all of it now.
-    pages, output: as of VM(); progress: told (bytes read, of how many). Raises SnapshotError for a file that is
+    pages, output: as of VM(); track: traces with this tracker, such as "bitmap", what changes, so that a snapshot can
+    have this one as its parent; progress: told (bytes read, of how many). Raises SnapshotError for a file that is
     damaged, foreign or of another version; where a block is found damaged only later, the VM is paused and wait()
     raises FetchError.
     """
@@ -53,6 +56,10 @@ def restore(
             else:
                 snapshot.load_into(vm.memory, progress)
             vm.restore_state(snapshot.states)
+            if track is not None:
+                from pyvmm.machine.incremental import start
+
+                start(vm, snapshot.id, track, snapshot.id if lazy else b"")
             if lazy and fill:
                 home.fill(vm.hold)
         except BaseException:

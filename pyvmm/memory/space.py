@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import errno
 import threading
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import count
 
 from pyvmm._native import ffi, lib
@@ -15,7 +15,7 @@ from pyvmm.layout import BLOCK_SIZE, MIN_MEMORY, PAGE_SIZE, Gpa, Hva, format_siz
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import weakref
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from typing import Literal, TypeAlias
 
     from pyvmm._native import CData
@@ -186,6 +186,17 @@ class GuestMemory:
         buffer = ffi.buffer(mapping, self.size)
         self._watch(buffer, *_page_range(offset, size))
         return memoryview(buffer)[offset : offset + size]
+
+    @contextmanager
+    def reading(self, page: int, count: int) -> Iterator[memoryview]:
+        """The bytes of pages that follow each other in the mapping, without a copy, present and to be read alone: no
+        write trace hears of it. Within its `with` only, and only for C, which touches them without the GIL."""
+        mapping = self._mapping()
+        if page < 0 or count < 0 or (page + count) * PAGE_SIZE > self.size:
+            raise MemoryAccessError(f"pages {page}+{count}: the VM has {self.size // PAGE_SIZE}")
+        offset, size = page * PAGE_SIZE, count * PAGE_SIZE
+        with self._present(offset, size):
+            yield memoryview(ffi.buffer(mapping, self.size))[offset : offset + size].toreadonly()
 
     def written_views(self) -> list[tuple[int, int]]:
         """(first page, pages) in the mapping of each view that is held: who holds one may be writing there."""

@@ -22,8 +22,14 @@ _MOST = 8
 """Threads: with more than this, memory is the limit."""
 
 
-def load(snapshot: Snapshot, memory: GuestMemory, progress: Progress | None, readers: int | None) -> None:
-    """As Snapshot.load_into()."""
+def load(
+    snapshot: Snapshot, memory: GuestMemory, progress: Progress | None, readers: int | None = None, chain: bool = True
+) -> tuple[CData, CData]:
+    """As Snapshot.load_into(); unless `chain`, of this file alone.
+
+    Returns bitmaps: of the pages that are in files beyond those that were read, and of those that were read. All else
+    is zeros.
+    """
     if memory.size != snapshot.memory_size:
         sizes = f"{format_size(snapshot.memory_size)}, not {format_size(memory.size)}"
         raise BadInput(f"{snapshot.name} is of a VM with {sizes} of memory")
@@ -36,13 +42,14 @@ def load(snapshot: Snapshot, memory: GuestMemory, progress: Progress | None, rea
     # SAFETY: the regions follow each other in one mapping; the views keep it, and its pages, where they are.
     ram = ffi.from_buffer("uint8_t[]", views[0]) + 0
     words = snapshot.pages // 64 + 1
-    missing = ffi.new("uint64_t[]", words)
+    missing, held = ffi.new("uint64_t[]", words), ffi.new("uint64_t[]", words)
     lib.pv_bits_set(missing, 0, snapshot.pages)
-    done, total = 0, _bytes_in_chain(snapshot)
+    done, total = 0, _bytes_in_chain(snapshot, chain)
     file: Snapshot | None = snapshot
     while file is not None:
         wanted = ffi.new("uint64_t[]", words)
         file._check(lib.pv_snapshot_choose(file._live(), missing, wanted), "its index")
+        lib.pv_bits_or(held, wanted, words)
         crew = _Crew(file, wanted, ram, progress, done, total)
         crew.run(readers)
         done = crew.done
@@ -50,17 +57,18 @@ def load(snapshot: Snapshot, memory: GuestMemory, progress: Progress | None, rea
             progress(min(done, total), total)
         if lib.pv_bits_count(wanted, snapshot.pages):
             raise SnapshotError(f"{file.name}: damaged: its index has pages that no storage block holds")
-        left = lib.pv_bits_count(missing, snapshot.pages)
+        left = chain and lib.pv_bits_count(missing, snapshot.pages)
         file = file.require_parent() if left else None
     for view in views:
         view.release()
     if progress is not None and done < total:  # no page of the oldest ancestors was wanted
         progress(total, total)
+    return missing, held
 
 
-def _bytes_in_chain(snapshot: Snapshot) -> int:
+def _bytes_in_chain(snapshot: Snapshot, chain: bool) -> int:
     own = snapshot.blocks * snapshot.header.block_size
-    return own if snapshot.parent is None else own + _bytes_in_chain(snapshot.parent)
+    return own + _bytes_in_chain(snapshot.parent, True) if chain and snapshot.parent is not None else own
 
 
 class _Crew:

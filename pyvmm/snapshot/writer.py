@@ -39,7 +39,8 @@ class Writer:
 
     path: of the file, which is replaced when all is done; block_size: bytes of pages in a storage block, a power of
     two from 16 KiB to 2 MiB; codec: raw, lz4 or zstd; parent: an open snapshot, whose are all pages that are not given
-    here. Without a parent they are zeros. Raises BadInput, HostError, SnapshotError.
+    here. Without a parent they are zeros. id: of a snapshot of the same states and pages (pyvmm.snapshot.rewrite).
+    Raises BadInput, HostError, SnapshotError.
     """
 
     def __init__(
@@ -49,11 +50,12 @@ class Writer:
         block_size: int = DEFAULT_BLOCK,
         codec: str = "raw",
         parent: Snapshot | None = None,
+        id: bytes | None = None,
     ) -> None:
         _check_shape(memory_size, block_size)
         number = require_codec(codec)
         self.path = os.path.realpath(path)  # a symbolic link stays one
-        self.id = os.urandom(format.ID_SIZE)
+        self.id = id or os.urandom(format.ID_SIZE)
         self._name = path
         self._codec = codec
         self._memory_size = memory_size
@@ -159,11 +161,7 @@ class Writer:
             if not 0 <= block < -(-self._memory_size // BLOCK_SIZE):
                 raise BadInput(f"block {block} is beyond the VM's RAM")
             bits[block // 8] |= 1 << block % 8
-        order = array("q", () if wset is None else wset)
-        if len(set(order)) != len(order) or min(order, default=0) < 0 or max(order, default=0) >= pages:
-            raise BadInput("the working set names a page twice, or one beyond the VM's RAM")
-        if len(order) > format.MAX_WSET:
-            raise BadInput(f"a working set of {len(order)} pages: a snapshot keeps {format.MAX_WSET} at most")
+        order = wset_bytes(() if wset is None else wset, pages)
         raw_states = state_codec.encode(states)
         self.end_block()
         self._begin_change()
@@ -176,7 +174,7 @@ class Writer:
             "blocks": memoryview(self._table)[: pack.blocks * ROW_SIZE],
             "back": memoryview(self._back)[: pack.backs * 8],
             "large": bits,
-            "wset": order.tobytes(),
+            "wset": order,
         }
         sections = {name: self._section(data[name]) for name in format.SECTIONS}
         parent_id, parent_path, depth = self._parent
@@ -184,22 +182,14 @@ class Writer:
             f"pyvmm {__version__}", self.id, parent_id, parent_path, depth, self._memory_size, self._block_size,
             self._codec, pack.blocks, pack.backs, sections, pack.offset,
         )  # fmt: skip
-        self._put(header.encode(), 0)
+        put(self._file.fd, self._name, header.encode(), 0)
         self._file.commit()
 
     def _section(self, data: Buffer) -> Section:
         """Appends a section and its checksums."""
-        length, offset = len(data), self._pack.offset
-        whole = memoryview(data if length % 8 == 0 else bytes(data).ljust(format.align(length), b"\0"))
-        parts = (whole[at : at + CHUNK] for at in range(0, len(whole), CHUNK))
-        sums = array("Q", (format.checksum(part) for part in parts)).tobytes()
-        self._put(whole, offset)
-        self._put(sums, offset + len(whole))
-        self._pack.offset += len(whole) + len(sums)
-        return Section(offset, length, format.checksum(sums))
-
-    def _put(self, data: bytes | memoryview, offset: int) -> None:
-        write_check(lib.pv_write_whole(self._file.fd, ffi.from_buffer(data), len(data), offset), self._name)
+        section = put_section(self._file.fd, self._name, data, self._pack.offset)
+        self._pack.offset = section.end
+        return section
 
     def abandon(self) -> None:
         """Ends writing, if it has not ended: nothing of the new file stays, what was there before does."""
@@ -207,6 +197,32 @@ class Writer:
             lib.pv_pack_close(self._pack)  # before the file's descriptor may be another file's
         finally:
             self._file.abandon()
+
+
+def wset_bytes(pages: Iterable[int], of: int) -> bytes:
+    """The section WSET of a VM with `of` pages. Raises BadInput."""
+    order = array("q", pages)
+    if len(set(order)) != len(order) or min(order, default=0) < 0 or max(order, default=0) >= of:
+        raise BadInput("the working set names a page twice, or one beyond the VM's RAM")
+    if len(order) > format.MAX_WSET:
+        raise BadInput(f"a working set of {len(order)} pages: a snapshot keeps {format.MAX_WSET} at most")
+    return order.tobytes()
+
+
+def put(fd: int, name: str, data: Buffer, offset: int) -> None:
+    """Writes into the file of the snapshot `name`. Raises HostError."""
+    write_check(lib.pv_write_whole(fd, ffi.from_buffer(data), len(data), offset), name)
+
+
+def put_section(fd: int, name: str, data: Buffer, offset: int) -> Section:
+    """Writes a section and its checksums. Raises HostError."""
+    length = len(data)
+    whole = memoryview(data if length % 8 == 0 else bytes(data).ljust(format.align(length), b"\0"))
+    parts = (whole[at : at + CHUNK] for at in range(0, len(whole), CHUNK))
+    sums = array("Q", (format.checksum(part) for part in parts)).tobytes()
+    put(fd, name, whole, offset)
+    put(fd, name, sums, offset + len(whole))
+    return Section(offset, length, format.checksum(sums))
 
 
 def _check_shape(memory_size: int, block_size: int) -> None:
