@@ -12,7 +12,7 @@ import pytest
 
 import pyvmm as package
 from pyvmm import VM, BadInput, Gpa, HostError, Snapshot
-from pyvmm.errors import LifecycleError
+from pyvmm.errors import LifecycleError, MemoryAccessError
 from pyvmm.layout import MIB
 from pyvmm.pytest_plugin import needs
 from pyvmm.snapshot.rewrite import pack
@@ -213,6 +213,23 @@ def test_what_cannot_be(vm, tmp_path):
     with pytest.raises(BadInput, match="no order 'random'"):
         source.snapshot(other, order="random")
     assert sorted(os.listdir(tmp_path)) == ["0"]
+
+
+def test_saving_is_no_write(vm, tmp_path):
+    """A trace of the user's own hears nothing of it."""
+    source = vm(memory="8M")
+    source.load("verify")
+    source.run(timeout=0.05)
+    with source.trace("bitmap") as trace:
+        trace.collect()
+        source.snapshot(str(tmp_path / "s"), order="accessed")
+        assert trace.collect().pages == 0
+        with source.memory.reading(3, 2) as data:
+            assert bytes(data) == source.memory.read(Gpa(0x3000), 0x2000)
+            assert data.readonly
+        assert trace.collect().pages == 0
+    with pytest.raises(MemoryAccessError, match="the VM has 2048"), source.memory.reading(2047, 2):
+        pass
 
 
 # ---- as a user meets it ----
