@@ -10,7 +10,7 @@
 #include <sys/uio.h>
 
 #define BATCH_BLOCKS 64u
-#define BATCH_PAGES PV_STORE_SLOTS
+#define BATCH_PAGES 256u /* unless one block has more: what a CPU's own cache holds until it is summed up */
 #define POPULATE (64u << 10) /* bytes from which on it is quicker to have the kernel populate than to fault */
 
 /* Neighbours in the file. */
@@ -20,9 +20,9 @@ struct batch {
     struct pv_stored row[BATCH_BLOCKS];
     bool straight[BATCH_BLOCKS]; /* its pages are neighbours in RAM and all wanted: no copy */
     uint8_t *at[BATCH_BLOCKS];   /* where its stored bytes are read to */
-    uint64_t page[BATCH_PAGES];
+    uint64_t page[PV_STORE_SLOTS];
     struct iovec part[BATCH_BLOCKS];
-    uint8_t stored[BATCH_PAGES * PV_PAGE + 8 * BATCH_BLOCKS], spare[PV_STORE_MAX];
+    uint8_t stored[PV_STORE_MAX], spare[PV_STORE_MAX];
 };
 
 static bool is_wanted(const uint64_t *wanted, uint64_t page)
@@ -103,12 +103,10 @@ static int batch_read(const struct pv_snapshot *snapshot, struct batch *batch)
     return 0;
 }
 
-/* Verifies a block that has been read, and has its pages in RAM. */
+/* Has the pages of a block that has been read and verified in RAM. */
 static int block_put(const struct pv_stored *row, bool straight, const uint8_t *at, const uint64_t *pages,
                      uint8_t *spare, uint64_t *wanted, uint8_t *ram)
 {
-    if (pv_hash(at, whole_length(row), 0) != row->checksum)
-        return -EBADMSG;
     const uint8_t *bytes = at;
     if (row->codec != PV_CODEC_RAW) {
         uint8_t *to = straight ? ram + pages[0] * PV_PAGE : spare;
@@ -144,8 +142,16 @@ static int batch_load(const struct pv_snapshot *snapshot, struct batch *batch, u
     populate(batch, ram);
     int error = batch_read(snapshot, batch);
     const uint64_t *pages = batch->page;
+    uint32_t sizes[BATCH_BLOCKS];
+    uint64_t sums[BATCH_BLOCKS];
+    for (uint32_t i = 0; i < batch->blocks; i++)
+        sizes[i] = whole_length(&batch->row[i]);
+    if (!error)
+        pv_hash_many((const uint8_t *const *)batch->at, sizes, batch->blocks, sums);
     for (uint32_t i = 0; !error && i < batch->blocks; i++) {
-        error = block_put(&batch->row[i], batch->straight[i], batch->at[i], pages, batch->spare, wanted, ram);
+        error = sums[i] != batch->row[i].checksum ? -EBADMSG : 0;
+        if (!error)
+            error = block_put(&batch->row[i], batch->straight[i], batch->at[i], pages, batch->spare, wanted, ram);
         pages += batch->row[i].slots;
         *failed = i;
     }

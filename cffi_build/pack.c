@@ -19,6 +19,7 @@
 
 #define MOST_THREADS 8
 #define PIECES (MOST_THREADS + 2)
+#define PIECE_BLOCKS (PV_PACK_OUT / PV_PAGE) /* a block may be ended after one page */
 
 struct piece {
     uint8_t *pages, *packed; /* packed: for a codec. As large as all its pages: what would be larger is stored raw */
@@ -58,8 +59,9 @@ int pv_write_whole(int fd, const uint8_t *from, uint64_t size, uint64_t offset)
 
 static uint32_t block_size(const struct pv_pack *pack) { return pack->slots * PV_PAGE; }
 
-/* Compresses one block from `from` to `to`, or leaves it where it is; fills its row but for the offset. */
-static int pack_block(const struct pv_pack *pack, struct pv_stored *row, uint8_t *from, uint8_t *to, uint8_t **out)
+/* Compresses one block from `from` to `to`, or leaves it where it is (*out); says in its row how. */
+static int pack_block(const struct pv_pack *pack, struct pv_stored *row, uint8_t *from, uint8_t *to,
+                      const uint8_t **out)
 {
     uint32_t size = row->slots * PV_PAGE;
     int packed = -ENOSPC;
@@ -69,12 +71,12 @@ static int pack_block(const struct pv_pack *pack, struct pv_stored *row, uint8_t
         return packed;
     if (packed < 0 && to)
         memcpy(to, from, size);
-    *out = to ? to : from;
+    uint8_t *bytes = to ? to : from;
+    *out = bytes;
     row->codec = (uint16_t)(packed < 0 ? PV_CODEC_RAW : pack->codec);
     row->length = packed < 0 ? size : (uint32_t)packed;
     uint32_t whole = (row->length + 7) & ~7u;
-    memset(*out + row->length, 0, whole - row->length);
-    row->checksum = pv_hash(*out, whole, 0);
+    memset(bytes + row->length, 0, whole - row->length);
     return 0;
 }
 
@@ -99,21 +101,26 @@ static int place(struct pv_pack *pack, uint64_t number, uint64_t size, uint64_t 
 static int write_piece(struct pv_pack *pack, struct piece *piece, uint64_t number)
 {
     struct pv_stored *row = pack->table + piece->first;
-    uint8_t *from = piece->pages, *to = piece->packed, *out;
-    uint64_t size = 0, at = 0;
+    uint8_t *from = piece->pages, *to = piece->packed;
+    const uint8_t *out[PIECE_BLOCKS];
+    uint32_t wholes[PIECE_BLOCKS];
+    uint64_t sums[PIECE_BLOCKS], size = 0, at = 0;
     for (uint32_t i = 0; i < piece->blocks; i++) {
-        int error = pack_block(pack, &row[i], from, to, &out);
+        int error = pack_block(pack, &row[i], from, to, &out[i]);
         if (error)
             return error;
-        uint32_t whole = (row[i].length + 7) & ~7u;
+        uint32_t whole = wholes[i] = (row[i].length + 7) & ~7u;
         row[i].offset = size;
         size += whole;
         from += row[i].slots * PV_PAGE;
         to = to ? to + whole : NULL;
     }
+    pv_hash_many(out, wholes, piece->blocks, sums);
     int error = place(pack, number, size, &at);
-    for (uint32_t i = 0; !error && i < piece->blocks; i++)
+    for (uint32_t i = 0; !error && i < piece->blocks; i++) {
         row[i].offset += at;
+        row[i].checksum = sums[i];
+    }
     if (!error)
         error = pv_write_whole(pack->fd, piece->packed ? piece->packed : piece->pages, size, at);
     /* The disk begins now, so that fsync() at the end waits for little. A hint: fsync() will say what went wrong. */
