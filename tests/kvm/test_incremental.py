@@ -64,7 +64,7 @@ TRACKERS = [("bitmap", {}), ("manual", {}), ("ring", {"dirty_ring": 4096}), ("co
 def test_a_chain_grows_while_the_guest_goes_on(vm, restored, tmp_path, tracker, options):
     source = vm(memory="8M", cpus=2, **options)
     source.load("verify", "zeros=100")
-    source.run(timeout=0.05)
+    run_on(source)
     parent = None
     for number in range(4):
         path = str(tmp_path / str(number))
@@ -86,7 +86,7 @@ def test_only_what_changed_is_written(vm, restored, tmp_path):
     """Of a guest that stands still: what the host wrote, and a page that became zeros."""
     source = vm(memory="8M")
     source.load("verify")
-    source.run(timeout=0.05)
+    run_on(source)
     source.snapshot(str(tmp_path / "0"), track="bitmap")
     source.memory.write(Gpa(HIGH), b"one page")
     source.memory.zero(Gpa(HIGH + 0x5000), 0x1000)
@@ -104,7 +104,7 @@ def test_only_what_changed_is_written(vm, restored, tmp_path):
 def test_of_a_restored_vm(vm, restored, tmp_path, tracker, fill):
     source = vm(memory="8M")
     source.load("verify", "order=random")
-    source.run(timeout=0.05)
+    run_on(source)
     source.snapshot(str(tmp_path / "0"))
     target = restored(tmp_path / "0", lazy=True, fill=fill, track=tracker)
     target.memory.write(Gpa(LOW), b"one page")
@@ -129,7 +129,7 @@ def test_of_a_restored_vm(vm, restored, tmp_path, tracker, fill):
 def test_a_save_that_fails_loses_nothing(vm, restored, tmp_path, tracker):
     source = vm(memory="8M")
     source.load("verify")
-    source.run(timeout=0.05)
+    run_on(source)
     source.snapshot(str(tmp_path / "0"), track=tracker)
     run_on(source)
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -160,7 +160,7 @@ def test_a_snapshot_aside_does_not_disturb(vm, restored, tmp_path):
     """Without parent and track: a full one, and the next incremental still builds on the one before."""
     source = vm(memory="8M")
     source.load("verify")
-    source.run(timeout=0.05)
+    run_on(source)
     source.snapshot(str(tmp_path / "0"), track="bitmap")
     run_on(source)
     source.snapshot(str(tmp_path / "aside"))
@@ -180,7 +180,7 @@ def test_a_snapshot_aside_does_not_disturb(vm, restored, tmp_path):
 def test_a_parent_that_was_packed_is_the_same_one(vm, restored, tmp_path):
     source = vm(memory="8M")
     source.load("verify")
-    source.run(timeout=0.05)
+    run_on(source)
     source.snapshot(str(tmp_path / "0"), track="bitmap")
     pack(str(tmp_path / "0"), block_size=16 << 10)
     run_on(source)
@@ -219,7 +219,7 @@ def test_saving_is_no_write(vm, tmp_path):
     """A trace of the user's own hears nothing of it."""
     source = vm(memory="8M")
     source.load("verify")
-    source.run(timeout=0.05)
+    run_on(source)
     with source.trace("bitmap") as trace:
         trace.collect()
         source.snapshot(str(tmp_path / "s"), order="accessed")
