@@ -32,6 +32,22 @@ void pv_bits_or(uint64_t *to, const uint64_t *from, uint64_t words)
         to[i] |= from[i];
 }
 
+void pv_bits_clear(uint64_t *bits, uint64_t first, uint64_t count)
+{
+    while (count) {
+        uint64_t shift = first % 64, span = count < 64 - shift ? count : 64 - shift;
+        bits[first / 64] &= ~((~0ull >> (64 - span)) << shift);
+        first += span;
+        count -= span;
+    }
+}
+
+void pv_bits_and_not(uint64_t *to, const uint64_t *from, uint64_t words)
+{
+    for (uint64_t i = 0; i < words; i++)
+        to[i] &= ~from[i];
+}
+
 /* Word i without the bits that lie behind the last page. */
 static uint64_t word_of(const uint64_t *bits, uint64_t i, uint64_t pages)
 {

@@ -241,6 +241,9 @@ int pv_engine_look(struct pv_engine *engine, uint64_t *large, uint64_t *small, u
 #define PV_HOLDS_LARGE 2
 int pv_engine_holds(struct pv_engine *engine, uint8_t *blocks) PV_CHECKED;
 
+/* Sets the bits of the pages that are in a home, and counts them; of those that come back meanwhile, maybe. */
+uint64_t pv_engine_at_home(struct pv_engine *engine, uint32_t home, uint64_t *bits);
+
 /* ---- coarse write traces (technique T7, US11995459B2) ---- */
 
 struct pv_trace_stats {

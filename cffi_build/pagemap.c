@@ -303,3 +303,16 @@ void pv_engine_count(struct pv_engine *engine, uint64_t *by_home, int *armed)
         *armed |= engine->spans[span].modes != 0;
     pthread_mutex_unlock(&engine->span_mutex);
 }
+
+uint64_t pv_engine_at_home(struct pv_engine *engine, uint32_t home, uint64_t *bits)
+{
+    uint64_t found = 0;
+    pv_engine_find_all(engine);
+    for (uint64_t block = 0; block < engine->blocks; block++)
+        for (uint32_t i = 0; block_away(engine, block) && i < pages_of_block(engine, block); i++)
+            if (page_home(engine, block * PV_BLOCK_PAGES + i) == home) {
+                pv_bits_set(bits, block * PV_BLOCK_PAGES + i, 1);
+                found++;
+            }
+    return found;
+}

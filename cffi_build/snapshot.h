@@ -16,7 +16,7 @@
 #define PV_STORE_MAX (2u << 20)
 #define PV_STORE_SLOTS 512u      /* pages in the largest one */
 #define PV_CHUNK (64u << 10)     /* bytes of a section under one checksum */
-#define PV_PACK_OUT (1u << 20)   /* bytes that are written at once */
+#define PV_PACK_OUT (1u << 20)   /* bytes of pages that are written at once, unless a block is larger */
 
 /* A word of INDEX: what a page is, and where: the low 12 bits are one of these, slot and block lie above. */
 #define PV_INDEX_ZERO 0   /* all zeros, or never touched */
@@ -40,6 +40,8 @@ struct pv_stored {
 
 /* XXH64. */
 uint64_t pv_hash(const uint8_t *data, uint64_t size, uint64_t seed);
+/* The same, seed 0, of several pieces of data: faster where neighbours are equally long and the CPU has AVX-512. */
+void pv_hash_many(const uint8_t *const *data, const uint32_t *sizes, uint32_t count, uint64_t *hashes);
 
 /* ---- codec.c: all from any thread ---- */
 
@@ -61,30 +63,33 @@ uint8_t *pv_kept_pages(void);
 
 /* ---- pack.c: writing ---- */
 
-/* A snapshot that is being written, by one thread. Arrays are the caller's, and zero at the start but for `index`. */
+struct pv_crew; /* the pack's threads, and what they write next */
+
+/* A snapshot that is being written, by one thread at a time and threads of its own. Arrays are the caller's, stay until
+ * pv_pack_close, and are zero at the start but for `index`. */
 struct pv_pack {
     int fd, codec, level;
     uint32_t slots;          /* pages in a full block */
     uint64_t pages;          /* of RAM: length of index and back, and of `table`, since a block may hold one page */
     uint64_t *index, *back;
     uint64_t *given;         /* a bit a page */
-    struct pv_stored *table;
-    uint8_t *staging;        /* slots * 4096 bytes: the block that has been begun */
-    uint8_t *out;            /* PV_PACK_OUT and a block: what is to be written next, since small writes are slower */
-    uint64_t ready;          /* bytes of blocks in `out` */
+    struct pv_stored *table; /* right, as is `offset`, after pv_pack_write */
     uint64_t offset;         /* where the next block goes */
     uint64_t blocks, backs, zeros;
     uint64_t page;           /* the one that was given twice */
-    uint32_t used;           /* pages in staging */
+    uint32_t used;           /* pages in the block that has been begun */
+    struct pv_crew *crew;    /* NULL at the start */
 };
 
-/* Takes neighbouring pages. 0; -EEXIST for one given before, -EINVAL beyond RAM, or an errno of pwrite: after one the
- * pack is of no use any more. */
+/* Takes neighbouring pages: they are copied when this returns. 0; -EEXIST for one given before, -EINVAL beyond RAM,
+ * -ENOMEM, or an errno of pwrite, which may be that of pages given before: after one the pack is of no use any more. */
 int pv_pack_add(struct pv_pack *pack, uint64_t page, uint64_t count, const uint8_t *from) PV_CHECKED;
-/* Ends the block that has been begun. */
+/* Ends the block that has been begun. Errors as above. */
 int pv_pack_flush(struct pv_pack *pack) PV_CHECKED;
-/* Writes the blocks that wait for it. */
+/* Writes all whole blocks, and waits until they are written. Errors as above. */
 int pv_pack_write(struct pv_pack *pack) PV_CHECKED;
+/* Ends the pack's threads, at the latest when what each is writing is written. Also after an error; twice is once. */
+void pv_pack_close(struct pv_pack *pack);
 /* Writes all of it: 0 or -errno. */
 int pv_write_whole(int fd, const uint8_t *from, uint64_t size, uint64_t offset) PV_CHECKED;
 
@@ -124,6 +129,9 @@ int pv_snapshot_read(const struct pv_snapshot *snapshot, uint64_t block, struct 
 /* Which pages this file is to bring: of those whose bit is set in `missing`, the ones in its blocks are set in `wanted`.
  * Those that are the parent's stay missing. */
 int pv_snapshot_choose(const struct pv_snapshot *snapshot, uint64_t *missing, uint64_t *wanted) PV_CHECKED;
+
+/* ---- load.c: from several threads at once, for different blocks ---- */
+
 /* Reads blocks from `first` on into RAM: those of their pages whose bit is set in `wanted`, which is cleared then.
  * *block is where an error came from, or behind the last. */
 int pv_snapshot_load(const struct pv_snapshot *snapshot, uint64_t first, uint64_t count, uint64_t *wanted, uint8_t *ram,

@@ -36,22 +36,14 @@ int pv_section_need(const struct pv_snapshot *snapshot, const struct pv_section 
     return error;
 }
 
-/* Word i of INDEX or BACK. */
-static int word_of(const struct pv_snapshot *snapshot, const struct pv_section *section, uint64_t i, uint64_t *word)
-{
-    int error = pv_section_need(snapshot, section, i * 8, 8);
-    if (!error)
-        *word = ((const uint64_t *)section->data)[i];
-    return error;
-}
-
 int pv_snapshot_page(const struct pv_snapshot *snapshot, uint64_t page, uint64_t *word)
 {
     if (page >= snapshot->pages)
         return -EINVAL;
-    int error = word_of(snapshot, &snapshot->index, page, word);
+    int error = pv_section_need(snapshot, &snapshot->index, page * 8, 8);
     if (error)
         return error;
+    *word = ((const uint64_t *)snapshot->index.data)[page];
     uint64_t slot = *word >> PV_INDEX_SLOT_SHIFT & (PV_STORE_SLOTS - 1);
     switch (*word & PV_INDEX_KIND) {
     case PV_INDEX_BLOCK:
@@ -90,15 +82,19 @@ int pv_snapshot_block(const struct pv_snapshot *snapshot, uint64_t block, struct
     *row = ((const struct pv_stored *)snapshot->table.data)[block];
     if (!row_ok(snapshot, row))
         return -EUCLEAN;
-    for (uint64_t slot = 0; slot < row->slots; slot++) {
-        uint64_t word;
-        if ((error = word_of(snapshot, &snapshot->back, row->first + slot, &pages[slot])))
-            return error;
+    if ((error = pv_section_need(snapshot, &snapshot->back, row->first * 8, row->slots * 8)))
+        return error;
+    memcpy(pages, (const uint64_t *)snapshot->back.data + row->first, row->slots * sizeof(*pages));
+    const uint64_t *index = (const uint64_t *)snapshot->index.data;
+    for (uint64_t slot = 0, chunk = UINT64_MAX; slot < row->slots; slot++) {
         if (pages[slot] >= snapshot->pages)
             return -EUCLEAN;
-        if ((error = word_of(snapshot, &snapshot->index, pages[slot], &word)))
-            return error;
-        if (word != (block << PV_INDEX_BLOCK_SHIFT | slot << PV_INDEX_SLOT_SHIFT | PV_INDEX_BLOCK))
+        if (pages[slot] * 8 / PV_CHUNK != chunk) {
+            chunk = pages[slot] * 8 / PV_CHUNK;
+            if ((error = pv_section_need(snapshot, &snapshot->index, pages[slot] * 8, 8)))
+                return error;
+        }
+        if (index[pages[slot]] != (block << PV_INDEX_BLOCK_SHIFT | slot << PV_INDEX_SLOT_SHIFT | PV_INDEX_BLOCK))
             return -EUCLEAN;
     }
     return 0;
@@ -131,45 +127,4 @@ int pv_snapshot_choose(const struct pv_snapshot *snapshot, uint64_t *missing, ui
             missing[page / 64] &= ~bit;
     }
     return 0;
-}
-
-static bool is_wanted(const uint64_t *wanted, uint64_t page) { return wanted[page / 64] >> page % 64 & 1; }
-
-/* One block; `spare` has room for the largest. */
-static int load_block(const struct pv_snapshot *snapshot, uint64_t block, uint64_t *wanted, uint8_t *ram, uint8_t *spare)
-{
-    struct pv_stored row;
-    uint64_t pages[PV_STORE_SLOTS], found = 0;
-    int error = pv_snapshot_block(snapshot, block, &row, pages);
-    if (error)
-        return error;
-    bool in_order = true;
-    for (uint32_t slot = 0; slot < row.slots; slot++) {
-        found += is_wanted(wanted, pages[slot]);
-        in_order = in_order && pages[slot] == pages[0] + slot;
-    }
-    if (!found)
-        return 0;
-    bool direct = in_order && found == row.slots; /* to where it is to go at last: no copy */
-    error = bytes_of(snapshot, &row, direct ? ram + pages[0] * PV_PAGE : spare);
-    for (uint32_t slot = 0; !error && slot < row.slots; slot++) {
-        uint64_t page = pages[slot];
-        if (!direct && is_wanted(wanted, page))
-            memcpy(ram + page * PV_PAGE, spare + (size_t)slot * PV_PAGE, PV_PAGE);
-        wanted[page / 64] &= ~(1ull << page % 64);
-    }
-    return error;
-}
-
-int pv_snapshot_load(const struct pv_snapshot *snapshot, uint64_t first, uint64_t count, uint64_t *wanted, uint8_t *ram,
-                     uint64_t *block)
-{
-    if (first > snapshot->blocks || count > snapshot->blocks - first)
-        return -EINVAL;
-    uint8_t *spare = malloc(PV_STORE_MAX);
-    int error = spare ? 0 : -ENOMEM;
-    for (*block = first; !error && *block < first + count; *block += !error)
-        error = load_block(snapshot, *block, wanted, ram, spare);
-    free(spare);
-    return error;
 }

@@ -1,4 +1,4 @@
-# checkpoint.py: `pyvmm run --snapshot FILE [--snapshot-at CONDITION]`. Units: the guest's own of work, seconds.
+# checkpoint.py: `pyvmm run|restore --snapshot FILE [--snapshot-at CONDITION]`. Units: the guest's own of work, seconds.
 """`Condition`: when to save. `save_when`: waits for it, and saves."""
 
 from __future__ import annotations
@@ -6,13 +6,14 @@ from __future__ import annotations
 import sys
 import time
 
+from pyvmm.cli.progress import Bar
 from pyvmm.errors import BadInput
 from pyvmm.layout import format_size
 from pyvmm.machine import VM
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Literal
+    pass
 
 _LOOK_SECONDS = 0.005
 """From one look at the guest's progress to the next."""
@@ -38,13 +39,15 @@ class Condition:
         return self.what == "seconds" and seconds >= self.limit
 
 
-def save_when(vm: VM, condition: Condition, path: str, mode: Literal["stop", "live"], timeout: float | None) -> None:
-    """Saves once the condition holds, or the guest has ended or run for `timeout` seconds without that."""
+def save_when(vm: VM, condition: Condition, path: str, timeout: float | None, options: dict[str, object]) -> None:
+    """Saves once the condition holds, or the guest has ended or run for `timeout` seconds without that. options: of
+    VM.snapshot()."""
     begin = time.monotonic()
     while not condition.holds(vm, seconds := time.monotonic() - begin):
         if vm.wait(_LOOK_SECONDS).reason != "timeout" or (timeout is not None and seconds >= timeout):
             break
     count = vm.progress().count
-    saved = vm.snapshot(path, mode=mode)
+    with Bar("saving") as bar:
+        saved = vm.snapshot(path, progress=bar.told, **options)  # type: ignore[arg-type]
     took = f"in {saved.seconds * 1e3:.0f} ms, the guest paused for {saved.pause_seconds * 1e3:.1f}"
     print(f"pyvmm: {path}: progress {count:,} when asked, {format_size(vm.memory.size)}, {took}", file=sys.stderr)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pyvmm.cli.parse import Arguments
+    from pyvmm.snapshot.reader import Progress
 
 MAX_CLONES = 256
 _LONGEST_LINE = 4096
@@ -31,13 +32,18 @@ def check_count(args: Arguments) -> None:
     """Raises BadInput for a --count that cannot be, and for what does not go with it."""
     if not 1 <= args.count <= MAX_CLONES:
         raise BadInput(f"--count {args.count}: give a number of clones from 1 to {MAX_CLONES}")
+    if args.count > 1 and args.snapshot is not None:
+        raise BadInput("--snapshot saves one guest: with --count there are several")
     if args.count > 1 and args.live:
         raise BadInput("--live shows one guest: with --count, use --stats")
 
 
-def restore(args: Arguments) -> VM:
+def restore(args: Arguments, progress: Progress | None = None) -> VM:
     """One VM, as the command's options say. Raises what VM.restore() raises."""
-    return VM.restore(args.file, lazy=args.lazy, fill=args.fill == "all", pages=args.pages)
+    track = "bitmap" if args.snapshot_incremental else None
+    return VM.restore(
+        args.file, lazy=args.lazy, fill=args.fill == "all", pages=args.pages, track=track, progress=progress
+    )
 
 
 class Lines:

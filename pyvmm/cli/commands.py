@@ -60,6 +60,29 @@ _IMAGE = Option("guest", "one of `pyvmm guests`, or an image file", metavar="GUE
 _CPUS = Option("--cpus", "vCPUs, 1 to 64 (default 1)", int, 1, "N")
 _PAGES = Option("--pages", "large or small pages behind the RAM", default="auto", choices=("auto", "2m", "4k"))
 
+_CODECS = ("raw", "lz4", "zstd")
+_TIMEOUT = Option("--timeout", "end the guest then, with status 124", float, metavar="SECONDS")
+
+# How a VM is saved while a guest runs in the foreground (pyvmm.cli.checkpoint).
+SNAPSHOT = (
+    Option("--snapshot", "write the VM into this file, and go on", metavar="FILE"),
+    Option("--snapshot-at", "when: progress>=N, or seconds>=S (default: at the end)", metavar="CONDITION"),
+    Option(
+        "--snapshot-mode",
+        "stop: pause the guest meanwhile (default); live: save while it runs",
+        default="stop",
+        choices=("stop", "live"),
+    ),
+    Option("--snapshot-block", "stored together, 16K to 2M (default 64K)", default="64K", metavar="SIZE"),
+    Option("--snapshot-codec", "raw, lz4 or zstd (default raw)", default="raw", choices=_CODECS),
+    Option(
+        "--snapshot-order",
+        "pages by address (default), or those first that the guest's page tables say were accessed",
+        default="address",
+        choices=("address", "accessed"),
+    ),
+)
+
 # What every command takes that runs a guest in the foreground (pyvmm.cli.run.Session).
 GUEST = (
     _IMAGE,
@@ -71,7 +94,7 @@ GUEST = (
     Option("--initrd", "a file handed to the guest beside its image", metavar="FILE"),
     Option("--format", "pvh, multiboot, flat16 or flat64, where the file does not say", metavar="NAME"),
     Option("--at", "load address of a flat image, such as 0x7c00", metavar="ADDRESS"),
-    Option("--timeout", "end the guest then, with status 124", float, metavar="SECONDS"),
+    _TIMEOUT,
 )
 
 COMMANDS = (
@@ -83,14 +106,7 @@ COMMANDS = (
         Option("--stats", "print exits, mappings and rates at the end", bool),
         Option("--live", "show the guest's progress while it runs", bool),
         Option("--trace", "single-step the first N instructions, and show them", int, metavar="N"),
-        Option("--snapshot", "write the VM into this file, and go on", metavar="FILE"),
-        Option("--snapshot-at", "when: progress>=N, or seconds>=S (default: at the end)", metavar="CONDITION"),
-        Option(
-            "--snapshot-mode",
-            "pause the guest meanwhile, or save while it runs",
-            default="stop",
-            choices=("stop", "live"),
-        ),
+        *SNAPSHOT,
     ),
     Command(
         "restore",
@@ -102,9 +118,11 @@ COMMANDS = (
         Option("--map", "with --lazy: show where RAM is while it comes", bool),
         Option("--count", "as many VMs at once, each a clone that knows that it is one (default 1)", int, 1, "N"),
         _PAGES,
-        Option("--timeout", "end the guest then, with status 124", float, metavar="SECONDS"),
+        _TIMEOUT,
         Option("--stats", "print exits, mappings and rates at the end", bool),
         Option("--live", "show the guest's progress while it runs", bool),
+        *SNAPSHOT,
+        Option("--snapshot-incremental", "write only what has changed since FILE, on which it builds then", bool),
     ),
     Command(
         "pages",
@@ -123,11 +141,20 @@ COMMANDS = (
     ),
     Command(
         "snapshot",
-        "show what a snapshot file holds, or check that it is whole",
+        "show what a snapshot file holds, check that it is whole, or write it anew",
         "snapshot",
-        Option("action", "info: sizes, pages, vCPUs, parents; check: read and verify all", choices=("info", "check")),
+        Option(
+            "action",
+            "info: sizes, pages, vCPUs, parents; check: read and verify all; pack: write it anew",
+            choices=("info", "check", "pack"),
+        ),
         Option("file", "a snapshot", metavar="FILE"),
         Option("--json", "one JSON object instead of text", bool),
+        Option("--out", "pack: into this file (default: in place of FILE)", metavar="FILE"),
+        Option("--order", "pack: pages by address, or the working set first", choices=("address", "touch")),
+        Option("--block", "pack: stored together, 16K to 2M (default: as it is)", metavar="SIZE"),
+        Option("--codec", "pack: raw, lz4 or zstd (default: as it is)", choices=_CODECS),
+        Option("--flat", "pack: with all that it builds on, in one file", bool),
     ),
     Command(
         "guests",

@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 
 from pyvmm.cli import clones
+from pyvmm.cli.progress import Bar
 from pyvmm.cli.run import Watched
 from pyvmm.errors import BadInput
 from pyvmm.machine import VM, RunResult
@@ -21,13 +22,16 @@ class _Restored(Watched):
         super().__init__(args)
         if args.map and not args.lazy:
             raise BadInput("--map shows how RAM comes while the guest runs: give --lazy too")
+        if args.snapshot_incremental and args.snapshot is None:
+            raise BadInput("--snapshot-incremental says how, --snapshot FILE must say where to")
         self._filling: Filling | None = None
 
     def make(self) -> VM:
         if self.args.map:
             from pyvmm.cli import filling  # noqa: F401  (its imports are not part of what is timed)
         self._begin = time.perf_counter()
-        return clones.restore(self.args)
+        with Bar("reading") as bar:
+            return clones.restore(self.args, bar.told)
 
     def prepare(self, vm: VM) -> None:
         if self.args.map:
@@ -43,6 +47,9 @@ class _Restored(Watched):
         if result is not None:
             return result
         return self.wait_on(vm, None if timeout is None else max(begin + timeout - time.monotonic(), 0))
+
+    def save_options(self) -> dict[str, object]:
+        return super().save_options() | ({"parent": self.args.file} if self.args.snapshot_incremental else {})
 
 
 def run(args: Arguments) -> int:

@@ -131,13 +131,38 @@ class Session:
 
 
 class Watched(Session):
-    """With --live and --stats."""
+    """With --live and --stats, and --snapshot with all that belongs to it."""
+
+    def __init__(self, args: Arguments) -> None:
+        super().__init__(args)
+        if args.snapshot_at is not None and args.snapshot is None:
+            raise BadInput("--snapshot-at says when, --snapshot FILE must say where to")
+        if args.snapshot_mode != "stop" and args.snapshot is None:
+            raise BadInput("--snapshot-mode says how, --snapshot FILE must say where to")
+        if args.snapshot is not None:
+            from pyvmm.cli.checkpoint import Condition
+
+            self._condition = Condition(args.snapshot_at)
+
+    def save_options(self) -> dict[str, object]:
+        """Of VM.snapshot()."""
+        args = self.args
+        return {
+            "mode": args.snapshot_mode,
+            "block_size": args.snapshot_block,
+            "codec": args.snapshot_codec,
+            "order": args.snapshot_order,
+        }
 
     def wait(self, vm: VM) -> RunResult | None:
         return self.wait_on(vm, self.args.timeout)
 
     def wait_on(self, vm: VM, timeout: float | None) -> RunResult:
-        """Waits, so many seconds at most."""
+        """Saves where that is asked for; waits, so many seconds at most."""
+        if self.args.snapshot is not None:
+            from pyvmm.cli.checkpoint import save_when
+
+            save_when(vm, self._condition, self.args.snapshot, timeout, self.save_options())
         if self.args.live:
             from pyvmm.cli.report import wait_live
 
@@ -156,25 +181,10 @@ class _Run(Watched):
         super().__init__(args)
         if args.trace is not None and args.trace < 1:
             raise BadInput(f"--trace {args.trace}: give a number of instructions, 1 or more")
-        if args.snapshot_at is not None and args.snapshot is None:
-            raise BadInput("--snapshot-at says when, --snapshot FILE must say where to")
-        if args.snapshot_mode != "stop" and args.snapshot is None:
-            raise BadInput("--snapshot-mode says how, --snapshot FILE must say where to")
-        if args.snapshot is not None:
-            from pyvmm.cli.checkpoint import Condition
-
-            self._condition = Condition(args.snapshot_at)
 
     def prepare(self, vm: VM) -> None:
         if self.args.trace is not None:
             vm.single_step(self.args.trace, lambda line: print(line, file=sys.stderr, flush=True))
-
-    def wait(self, vm: VM) -> RunResult | None:
-        if self.args.snapshot is not None:
-            from pyvmm.cli.checkpoint import save_when
-
-            save_when(vm, self._condition, self.args.snapshot, self.args.snapshot_mode, self.args.timeout)
-        return super().wait(vm)
 
 
 def run(args: Arguments) -> int:

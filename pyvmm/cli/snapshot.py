@@ -1,14 +1,14 @@
-# snapshot.py: `pyvmm snapshot info|check FILE`: what a snapshot file holds, and whether it is whole.
+# snapshot.py: `pyvmm snapshot info|check|pack FILE`: what a snapshot file holds, whether it is whole; written anew.
 """The command. Sizes are bytes, pages 4 KiB."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 
-from pyvmm.errors import SnapshotError, StateError
-from pyvmm.layout import BLOCK_SIZE, GIB, KIB, MIB, format_size
+from pyvmm.cli.progress import Bar
+from pyvmm.errors import BadInput, SnapshotError, StateError
+from pyvmm.layout import BLOCK_SIZE, GIB, KIB, MIB, format_size, parse_size
 from pyvmm.snapshot import Snapshot
 from pyvmm.snapshot.inspect import Info
 from pyvmm.state import State
@@ -19,18 +19,19 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from pyvmm.cli.parse import Arguments
-    from pyvmm.snapshot.reader import Progress
 
 _SCHEMA = 1
 _SHOWN = ("rip", "rsp", "rflags", "cr0", "cr3", "cr4", "efer")
 _MAIN = ("rip", "rsp", "cr3")
-_SLOW = 256 * MIB
-"""A file as large is checked with a progress bar."""
 
 
 def run(args: Arguments) -> int:
     """The command: 0; 2 for a file that is no snapshot, or not a whole one."""
-    return {"info": _info, "check": _check}[args.action](args)
+    packs = args.action == "pack"
+    for option in ("json",) if packs else ("out", "order", "block", "codec", "flat"):
+        if getattr(args, option):
+            raise BadInput(f"--{option} is for {'info and check' if packs else 'pack'}")
+    return {"info": _info, "check": _check, "pack": _pack}[args.action](args)
 
 
 # ---- check ----
@@ -40,7 +41,8 @@ def _check(args: Arguments) -> int:
     outcome: dict[str, object] = {"schema": _SCHEMA, "file": args.file, "ok": True, "error": None}
     try:
         with Snapshot.open(args.file) as snapshot:
-            _check_aloud(snapshot)
+            with Bar("checking") as bar:
+                snapshot.check(bar.told)
             depth = snapshot.depth
     except SnapshotError as error:
         if not args.json:
@@ -55,17 +57,21 @@ def _check(args: Arguments) -> int:
     return 0
 
 
-def _check_aloud(snapshot: Snapshot) -> None:
-    if snapshot.header.file_size < _SLOW or not sys.stderr.isatty():
-        snapshot.check()
-        return
-    from rich.console import Console
-    from rich.progress import Progress as Bar
+# ---- pack ----
 
-    with Bar(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("checking")
-        told: Progress = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
-        snapshot.check(told)
+
+def _pack(args: Arguments) -> int:
+    from pyvmm.snapshot.rewrite import pack
+
+    out = args.out or args.file
+    block = None if args.block is None else parse_size(args.block)
+    with Bar("reading") as bar:
+        pack(
+            args.file, out, order=args.order or "address", block_size=block, codec=args.codec, flat=args.flat,
+            progress=bar.told,
+        )  # fmt: skip
+    print(f"{out}: {_size(os.path.getsize(out))}")
+    return 0
 
 
 # ---- info ----

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from pyvmm.devices.serial import Serial
     from pyvmm.errors import PyvmmError
+    from pyvmm.machine.incremental import Base
     from pyvmm.machine.restoring import RestoreOptions
     from pyvmm.machine.saving import Saved, SaveOptions
     from pyvmm.memory.engine import Engine
@@ -77,6 +78,8 @@ class VM:
             self._fd = stack.enter_context(kvm.create_vm())
             self._rings = self._make_rings(stack, dirty_ring) if dirty_ring else None
             self._target: Target | None = None  # of write traces
+            self.base: Base | None = None
+            """The snapshot since which writes are traced (pyvmm.machine.incremental)."""
             stack.callback(self._abandon_trace)  # when no vCPU runs any more, and before the VM's descriptor goes
             for slot, region in enumerate(self.memory.regions):
                 hva = Hva(self.memory.hva(region.gpa).value)

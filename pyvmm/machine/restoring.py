@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         generation: bool
         pages: Pages
         output: Callable[[bytes], None] | None
+        track: str | None
         progress: Progress | None
 
 
@@ -54,6 +55,7 @@ def restore(
     generation: bool = True,
     pages: Pages = "auto",
     output: Callable[[bytes], None] | None = None,
+    track: str | None = None,
     progress: Progress | None = None,
 ) -> VM:
     """A new VM from a file, not started.
@@ -65,6 +67,7 @@ def restore(
     generation: tell the guest that it is another one now, and give it a new seed (pyvmm.machine.generation); else RAM
     is exactly as it was.
     pages, output: as of VM(); with pages="auto" a block that was small at the source and holds little stays so.
+    track: traces with this tracker, such as "bitmap", what changes, so that a snapshot can have this one as its parent.
     progress: told (bytes read, of how many). Raises SnapshotError for a file that is damaged, foreign or of another
     version, FetchError where the block with the progress page is; where another one is found damaged only later, the
     VM is paused and wait() raises FetchError.
@@ -85,17 +88,13 @@ def restore(
         if not lazy:
             with snapshot:
                 snapshot.load_into(vm.memory, progress)
-                vm.restore_state(snapshot.states)
-                if generation:
-                    renew(vm.memory)
+                _take_over(vm, snapshot, track, b"", generation)
             return vm
         vm.memory.keep(snapshot.close)
         home = vm.restored = FileHome(snapshot, vm.memory, unit)
         vm.memory.keep(home.close)
         vm.memory.before_end(home.end)
-        vm.restore_state(snapshot.states)
-        if generation:
-            renew(vm.memory)
+        _take_over(vm, snapshot, track, snapshot.id, generation)
         if record:
             home.record()
         elif populate:
@@ -108,6 +107,17 @@ def restore(
         vm.close()
         raise
     return vm
+
+
+def _take_over(vm: VM, snapshot: Snapshot, track: str | None, restored: bytes, generation: bool) -> None:
+    """The states; what is written from here on has changed since the snapshot."""
+    vm.restore_state(snapshot.states)
+    if track is not None:
+        from pyvmm.machine.incremental import start
+
+        start(vm, snapshot.id, track, restored)
+    if generation:
+        renew(vm.memory)
 
 
 def _cpus(snapshot: Snapshot) -> int:

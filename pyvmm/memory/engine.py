@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pyvmm._native import CData
+    from pyvmm.memory.pageset import PageSet
 
     class NativeHome(Protocol):
         """A home in C. struct: its struct pv_home *; explain: what an errno of its fetch means."""
@@ -341,6 +342,14 @@ class Engine:
         result = self.call(lib.pv_engine_holds, ffi.from_buffer("uint8_t[]", blocks), equip=False)
         check(result, "PAGEMAP_SCAN")
         return bytes(blocks)
+
+    def at_home(self, home: str) -> PageSet:
+        """The pages that are in a home; of those that come back just then, maybe."""
+        from pyvmm.memory.pageset import PageSet
+
+        found = PageSet(self._pages)
+        self.call(lambda native: lib.pv_engine_at_home(native, HOMES.index(home), found.bits), equip=False)
+        return found
 
     def stats(self) -> EngineStats:
         """Faults, latencies, operations, since the beginning."""

@@ -195,6 +195,17 @@ class GuestMemory:
         self._watch(buffer, *_page_range(offset, size))
         return memoryview(buffer)[offset : offset + size]
 
+    @contextmanager
+    def reading(self, page: int, count: int) -> Iterator[memoryview]:
+        """The bytes of pages that follow each other in the mapping, without a copy, present and to be read alone: no
+        write trace hears of it. Within its `with` only, and only for C, which touches them without the GIL."""
+        mapping = self._mapping()
+        if page < 0 or count < 0 or (page + count) * PAGE_SIZE > self.size:
+            raise MemoryAccessError(f"pages {page}+{count}: the VM has {self.size // PAGE_SIZE}")
+        offset, size = page * PAGE_SIZE, count * PAGE_SIZE
+        with self._present(offset, size):
+            yield memoryview(ffi.buffer(mapping, self.size))[offset : offset + size].toreadonly()
+
     def written_views(self) -> list[tuple[int, int]]:
         """(first page, pages) in the mapping of each view that is held: who holds one may be writing there."""
         return [(view.first, view.pages) for view in list(self._views.values())]

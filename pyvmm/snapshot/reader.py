@@ -9,7 +9,7 @@ from functools import cached_property
 
 from pyvmm._native import ffi, lib
 from pyvmm.errors import BadInput, SnapshotError, StateError
-from pyvmm.layout import BLOCK_SIZE, MIB, PAGE_SIZE, format_size
+from pyvmm.layout import BLOCK_SIZE, PAGE_SIZE
 from pyvmm.record import Record
 from pyvmm.snapshot import states as state_codec
 from pyvmm.snapshot.format import CODECS, HEADER_SIZE, SECTIONS, Header, Section, align, checksum, decode, room
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
 
     Progress = Callable[[int, int], None]
     """Is told bytes of pages done, and of how many."""
-
-_STEP = 64 * MIB
-"""Bytes of pages that C reads at once, so that Ctrl-C does not wait long."""
 
 
 class Place(Record):
@@ -192,43 +189,14 @@ class Snapshot:
             raise SnapshotError(f"{snapshot.name}: damaged: storage block {home.block} does not hold page {page}")
         return found[home.slot][1]
 
-    def load_into(self, memory: GuestMemory, progress: Progress | None = None) -> None:
-        """Reads all pages into RAM that nobody has used yet. Raises BadInput where it has been, or is of another size;
-        after another error the RAM holds anything."""
-        if memory.size != self.memory_size:
-            sizes = f"{format_size(self.memory_size)}, not {format_size(memory.size)}"
-            raise BadInput(f"{self.name} is of a VM with {sizes} of memory")
-        if not memory.untouched:
-            raise BadInput("a snapshot is loaded into fresh memory: this has been written to")
-        views = [memory.view(region.gpa, region.size) for region in memory.regions]
-        # SAFETY: the regions follow each other in one mapping; the views keep it, and its pages, where they are.
-        ram = ffi.from_buffer("uint8_t[]", views[0]) + 0
-        words = self.pages // 64 + 1
-        missing = ffi.new("uint64_t[]", words)
-        lib.pv_bits_set(missing, 0, self.pages)
-        total, done = self._bytes_in_chain(), 0
-        snapshot: Snapshot | None = self
-        while snapshot is not None:
-            wanted = ffi.new("uint64_t[]", words)
-            snapshot._check(lib.pv_snapshot_choose(snapshot._live(), missing, wanted), "its index")
-            step = _STEP // snapshot.header.block_size
-            for first in range(0, snapshot.blocks, step):
-                count, block = min(step, snapshot.blocks - first), ffi.new("uint64_t *")
-                result = lib.pv_snapshot_load(snapshot._live(), first, count, wanted, ram, block)
-                snapshot._check(result, f"storage block {block[0]}")
-                done += count * snapshot.header.block_size
-                if progress is not None:
-                    progress(min(done, total), total)
-            if lib.pv_bits_count(wanted, self.pages):
-                raise SnapshotError(f"{snapshot.name}: damaged: its index has pages that no storage block holds")
-            left = lib.pv_bits_count(missing, self.pages)
-            snapshot = snapshot.require_parent() if left else None
-        for view in views:
-            view.release()
+    def load_into(self, memory: GuestMemory, progress: Progress | None = None, readers: int | None = None) -> None:
+        """Reads all pages into RAM that nobody has used yet, by `readers` threads (default: one for each CPU).
 
-    def _bytes_in_chain(self) -> int:
-        own = self.blocks * self.header.block_size
-        return own if self.parent is None else own + self.parent._bytes_in_chain()
+        Raises BadInput where it has been used, or is of another size; after another error the RAM holds anything.
+        """
+        from pyvmm.snapshot.load import load
+
+        load(self, memory, progress, readers)
 
     def require_parent(self) -> Snapshot:
         """The parent. Raises LifecycleError where this was opened without."""

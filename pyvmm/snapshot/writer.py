@@ -42,7 +42,8 @@ class Writer:
 
     path: of the file, which is replaced when all is done; block_size: bytes of pages in a storage block, a power of
     two from 16 KiB to 2 MiB; codec: raw, lz4 or zstd; parent: an open snapshot, whose are all pages that are not given
-    here. Without a parent they are zeros. Raises BadInput, HostError, SnapshotError.
+    here. Without a parent they are zeros. id: of a snapshot of the same states and pages (pyvmm.snapshot.rewrite).
+    Raises BadInput, HostError, SnapshotError.
     """
 
     def __init__(
@@ -52,11 +53,12 @@ class Writer:
         block_size: int = DEFAULT_BLOCK,
         codec: str = "raw",
         parent: Snapshot | None = None,
+        id: bytes | None = None,
     ) -> None:
         _check_shape(memory_size, block_size)
         number = require_codec(codec)
         self.path = os.path.realpath(path)  # a symbolic link stays one
-        self.id = os.urandom(format.ID_SIZE)
+        self.id = id or os.urandom(format.ID_SIZE)
         self._name = path
         self._codec = codec
         self._memory_size = memory_size
@@ -69,15 +71,18 @@ class Writer:
             _fill(self._index, int(lib.PV_INDEX_PARENT))
         self._back = room(pages * 8)
         self._table = room(pages * ROW_SIZE)
-        # SAFETY: C keeps these addresses as long as this object lives: it holds what they are of.
-        self._held = [ffi.from_buffer("uint64_t[]", words) for words in (self._index, self._back)]
-        self._held += [ffi.from_buffer("struct pv_stored[]", self._table), ffi.new("uint64_t[]", pages // 64 + 1)]
-        self._held += [ffi.new("uint8_t[]", block_size), ffi.new("uint8_t[]", int(lib.PV_PACK_OUT) + block_size)]
-        self._pack = ffi.new("struct pv_pack *")
-        pack = self._pack
+        # SAFETY: C's threads use these until pv_pack_close(), which is called at the latest when the pack goes.
+        held = [ffi.from_buffer("uint64_t[]", words) for words in (self._index, self._back)]
+        held += [ffi.from_buffer("struct pv_stored[]", self._table), ffi.new("uint64_t[]", pages // 64 + 1)]
+        bare = ffi.new("struct pv_pack *")
+
+        def close(pack: CData, _held: object = (held, bare)) -> None:
+            lib.pv_pack_close(pack)
+
+        self._pack = pack = ffi.gc(bare, close)
         pack.codec, pack.level = number, ZSTD_LEVEL
         pack.slots, pack.pages, pack.offset = block_size // PAGE_SIZE, pages, HEADER_SIZE
-        pack.index, pack.back, pack.table, pack.given, pack.staging, pack.out = self._held
+        pack.index, pack.back, pack.table, pack.given = held
         self._file = Pending(self.path, self._name)  # last: what fails before has no file to remove
         pack.fd = self._file.fd
 
@@ -175,23 +180,20 @@ class Writer:
             if not 0 <= block < -(-self._memory_size // BLOCK_SIZE):
                 raise BadInput(f"block {block} is beyond the VM's RAM")
             bits[block // 8] |= 1 << block % 8
-        order = array("q", () if wset is None else wset)
-        if len(set(order)) != len(order) or min(order, default=0) < 0 or max(order, default=0) >= pages:
-            raise BadInput("the working set names a page twice, or one beyond the VM's RAM")
-        if len(order) > format.MAX_WSET:
-            raise BadInput(f"a working set of {len(order)} pages: a snapshot keeps {format.MAX_WSET} at most")
+        order = wset_bytes(() if wset is None else wset, pages)
         raw_states = state_codec.encode(states)
         self.end_block()
         self._begin_change()
         pack = self._pack
         write_check(lib.pv_pack_write(pack), self._name)
+        lib.pv_pack_close(pack)
         data: dict[str, Buffer] = {
             "states": raw_states,
             "index": memoryview(self._index)[: pages * 8],
             "blocks": memoryview(self._table)[: pack.blocks * ROW_SIZE],
             "back": memoryview(self._back)[: pack.backs * 8],
             "large": bits,
-            "wset": order.tobytes(),
+            "wset": order,
         }
         sections = {name: self._section(data[name]) for name in format.SECTIONS}
         parent_id, parent_path, depth = self._parent
@@ -199,26 +201,47 @@ class Writer:
             f"pyvmm {__version__}", self.id, parent_id, parent_path, depth, self._memory_size, self._block_size,
             self._codec, pack.blocks, pack.backs, sections, pack.offset,
         )  # fmt: skip
-        self._put(header.encode(), 0)
+        put(self._file.fd, self._name, header.encode(), 0)
         self._file.commit()
 
     def _section(self, data: Buffer) -> Section:
         """Appends a section and its checksums."""
-        length, offset = len(data), self._pack.offset
-        whole = memoryview(data if length % 8 == 0 else bytes(data).ljust(format.align(length), b"\0"))
-        parts = (whole[at : at + CHUNK] for at in range(0, len(whole), CHUNK))
-        sums = array("Q", (format.checksum(part) for part in parts)).tobytes()
-        self._put(whole, offset)
-        self._put(sums, offset + len(whole))
-        self._pack.offset += len(whole) + len(sums)
-        return Section(offset, length, format.checksum(sums))
-
-    def _put(self, data: bytes | memoryview, offset: int) -> None:
-        write_check(lib.pv_write_whole(self._file.fd, ffi.from_buffer(data), len(data), offset), self._name)
+        section = put_section(self._file.fd, self._name, data, self._pack.offset)
+        self._pack.offset = section.end
+        return section
 
     def abandon(self) -> None:
         """Ends writing, if it has not ended: nothing of the new file stays, what was there before does."""
-        self._file.abandon()
+        try:
+            lib.pv_pack_close(self._pack)  # before the file's descriptor may be another file's
+        finally:
+            self._file.abandon()
+
+
+def wset_bytes(pages: Iterable[int], of: int) -> bytes:
+    """The section WSET of a VM with `of` pages. Raises BadInput."""
+    order = array("q", pages)
+    if len(set(order)) != len(order) or min(order, default=0) < 0 or max(order, default=0) >= of:
+        raise BadInput("the working set names a page twice, or one beyond the VM's RAM")
+    if len(order) > format.MAX_WSET:
+        raise BadInput(f"a working set of {len(order)} pages: a snapshot keeps {format.MAX_WSET} at most")
+    return order.tobytes()
+
+
+def put(fd: int, name: str, data: Buffer, offset: int) -> None:
+    """Writes into the file of the snapshot `name`. Raises HostError."""
+    write_check(lib.pv_write_whole(fd, ffi.from_buffer(data), len(data), offset), name)
+
+
+def put_section(fd: int, name: str, data: Buffer, offset: int) -> Section:
+    """Writes a section and its checksums. Raises HostError."""
+    length = len(data)
+    whole = memoryview(data if length % 8 == 0 else bytes(data).ljust(format.align(length), b"\0"))
+    parts = (whole[at : at + CHUNK] for at in range(0, len(whole), CHUNK))
+    sums = array("Q", (format.checksum(part) for part in parts)).tobytes()
+    put(fd, name, whole, offset)
+    put(fd, name, sums, offset + len(whole))
+    return Section(offset, length, format.checksum(sums))
 
 
 def _check_shape(memory_size: int, block_size: int) -> None:

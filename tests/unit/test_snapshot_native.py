@@ -4,11 +4,12 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import random
 import subprocess
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from snapshot_files import AVAILABLE, xxh64
 
@@ -47,6 +48,18 @@ def sanity_buffer(size):
 )
 def test_published_vectors(data, seed, expected):
     assert lib.pv_hash(ffi.from_buffer(data), len(data), seed) == expected
+
+
+@given(st.lists(st.integers(0, 40) | st.sampled_from([64, 4096, 4100, 65536]), max_size=30), st.integers(0, 1 << 32))
+@example([4096] * 30, 1)
+@example([40] * 9 + [33] * 7 + [31] * 8 + [0] * 3 + [4100] * 5, 2)
+def test_many_at_once_as_one_by_one(sizes, seed):
+    rng = random.Random(seed)
+    pieces = [rng.randbytes(size) for size in sizes]
+    held = [ffi.from_buffer("uint8_t[]", piece) for piece in pieces]
+    hashes = ffi.new("uint64_t[]", len(sizes) + 1)
+    lib.pv_hash_many(ffi.new("const uint8_t *[]", held), ffi.new("uint32_t[]", sizes), len(sizes), hashes)
+    assert list(hashes) == [lib.pv_hash(piece, len(piece), 0) for piece in held] + [0]
 
 
 @given(st.binary(max_size=300))
