@@ -143,7 +143,7 @@ int pv_codec_decompress(int codec, const uint8_t *from, uint32_t stored, uint8_t
     return got == size ? 0 : -EILSEQ; /* an error is a size far beyond */
 }
 
-static int read_whole(int fd, uint8_t *to, uint64_t size, uint64_t offset)
+int pv_read_whole(int fd, uint8_t *to, uint64_t size, uint64_t offset)
 {
     while (size) {
         ssize_t got = pread(fd, to, size, (off_t)offset);
@@ -173,7 +173,7 @@ int pv_block_read(int fd, uint64_t offset, uint32_t stored_length, uint64_t chec
         stored = kept->stored;
     }
     uint32_t whole = (stored_length + 7) & ~7u;
-    int error = read_whole(fd, stored, whole, offset);
+    int error = pv_read_whole(fd, stored, whole, offset);
     if (error)
         return error;
     if (pv_hash(stored, whole, 0) != checksum)

@@ -235,9 +235,12 @@ int pv_engine_assign_all(struct pv_engine *engine, uint32_t home)
         touched += block_away(engine, block);
     error = error ? error : touched ? -EEXIST : 0;
     engine->source = home;
-    for (uint64_t block = 0; !error && block < engine->blocks; block++) {
-        span_add(engine, block * PV_BLOCK_PAGES, 1);
+    for (uint64_t block = 0; !error && block < engine->blocks; block++)
         block_flags(engine, block, PV_BLOCK_PENDING, 0);
+    const uint64_t step = 1ull << (SPAN_SHIFT - 12); /* each block is a user of its span until its words are filled in */
+    for (uint64_t page = 0; !error && page < engine->pages; page += step) {
+        uint64_t left = engine->pages - page, in_span = left < step ? left : step;
+        span_add(engine, page, (in_span + PV_BLOCK_PAGES - 1) / PV_BLOCK_PAGES);
     }
     span_release_all(engine, !engine->move);
     return error;

@@ -58,6 +58,8 @@ int pv_codec_decompress(int codec, const uint8_t *from, uint32_t stored, uint8_t
 int pv_block_read(int fd, uint64_t offset, uint32_t stored_length, uint64_t checksum, int codec, uint32_t raw_length,
                   uint8_t *out) PV_CHECKED;
 
+/* Reads all of it. 0, -ENODATA where the file ends before, or an errno of pread. */
+int pv_read_whole(int fd, uint8_t *to, uint64_t size, uint64_t offset) PV_CHECKED;
 /* Room for the pages of a storage block, this thread's own; NULL where there is no memory. */
 uint8_t *pv_kept_pages(void);
 

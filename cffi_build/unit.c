@@ -187,6 +187,14 @@ static uint32_t wanted_in(const struct pv_engine *engine, uint64_t block, const 
     return found;
 }
 
+/* Faults that wait come first: each of their threads may need this CPU. Not for ever: guests that always wait for something
+ * must not keep us from the rest. */
+static void let_pass(struct pv_engine *engine)
+{
+    for (int tries = 0; tries < 1000 && __atomic_load_n(&engine->waiting, __ATOMIC_RELAXED); tries++)
+        sched_yield();
+}
+
 int pv_engine_prefetch(struct pv_engine *engine, const uint64_t *pages, uint64_t count, const uint64_t *wanted)
 {
     struct others others;
@@ -196,6 +204,7 @@ int pv_engine_prefetch(struct pv_engine *engine, const uint64_t *pages, uint64_t
         if (page >= engine->pages)
             return -EINVAL;
         others.unit.count = 0;
+        let_pass(engine);
         block_lock(engine, block);
         if (page_home(engine, page) != PV_HOME_PRESENT)
             answer = to_be_large(engine, block) && wanted_in(engine, block, wanted) >= PREFETCH_LARGE
@@ -230,8 +239,7 @@ int pv_engine_fill(struct pv_engine *engine, uint64_t page, uint64_t count)
     int error = 0;
     for (uint64_t end = page + count; page < end;) {
         uint64_t next = (page / PV_BLOCK_PAGES + 1) * PV_BLOCK_PAGES, stop = next < end ? next : end;
-        for (int tries = 0; tries < 1000 && __atomic_load_n(&engine->waiting, __ATOMIC_RELAXED); tries++)
-            sched_yield(); /* not for ever: guests that always wait for something must not keep us from the rest */
+        let_pass(engine);
         int answer = fill_block(engine, page, (uint32_t)(stop - page));
         error = answer < 0 && !error ? answer : error;
         page = stop;

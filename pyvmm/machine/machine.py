@@ -152,6 +152,8 @@ class VM:
         if not self._image_path:
             raise LifecycleError("the VM has no guest yet: load() one, or restore_state() a saved one")
         self._life.start(self._exits)
+        if self.restored is not None:
+            self.restored.begin()
 
     def run(self, timeout: float | None = None) -> RunResult:
         """Runs the guest until it ends, at most `timeout` seconds; after a timeout it is paused.

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import _thread
 import errno
 import os
 import threading
@@ -60,7 +61,7 @@ class Engine:
         self._calls = 0
         self._idle = threading.Condition()
         self._equipping = threading.Lock()
-        self._watcher: threading.Thread | None = None
+        self._watching = _thread.allocate_lock()  # held by the thread that waits for failures
         self._retried = 0  # failures up to this one have been tried again
         self._homes: dict[int, tuple[Home, Native]] = {}
         self._native_homes: dict[int, NativeHome] = {}
@@ -84,8 +85,8 @@ class Engine:
             return
         lib.pv_live_cancel(native, True)
         lib.pv_engine_end_failures(native)
-        if self._watcher is not None:
-            self._watcher.join()
+        with self._watching:
+            pass
         with self._idle:
             self._idle.wait_for(lambda: self._calls == 0)
         lib.pv_engine_close(native)
@@ -123,10 +124,16 @@ class Engine:
             check(
                 lib.pv_engine_equip(native, ram, aside, how), "UFFDIO_API", features="MOVE|PAGEFAULT_FLAG_WP|THREAD_ID"
             )
-            self._watcher = threading.Thread(target=self._watch, args=(native,), name="memory failures", daemon=True)
-            self._watcher.start()
+            self._watching.acquire()
+            _thread.start_new_thread(self._watch, (native,))  # Thread.start() would wait until it runs
 
     def _watch(self, native: CData) -> None:
+        try:
+            self._tell_failures(native)
+        finally:
+            self._watching.release()
+
+    def _tell_failures(self, native: CData) -> None:
         failure = ffi.new("struct pv_failure *")
         while lib.pv_engine_wait_failure(native, failure):
             if self.on_failure is not None and failure.count > self._retried:

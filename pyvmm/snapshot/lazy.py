@@ -41,6 +41,7 @@ class FileHome:
             raise BadInput(f"{snapshot.name} is of a VM with {format_size(snapshot.memory_size)} of memory")
         self._snapshot = snapshot
         self._memory = memory
+        self._ahead: threading.Thread | None = None
         self._threads: list[threading.Thread] = []
         self._end = threading.Event()
         self._record: array[int] | None = None
@@ -107,8 +108,9 @@ class FileHome:
             self._memory.engine.prefetch(words + first, min(_STEP, len(order) - first), wanted)
 
     def run_ahead(self, prefetch: bool = False, fill: bool = True, rate: float | None = None) -> None:
-        """In a thread of its own: the working set, then all the rest, at most `rate` bytes a second of it. Faults of
-        the guest's go between two blocks. What cannot be brought pauses the VM, as if it had been touched."""
+        """In a thread of its own, from begin() on: the working set, then all the rest, at most `rate` bytes a second of
+        it. Faults of the guest's go between two blocks. What cannot be brought pauses the VM, as if it had been
+        touched."""
 
         def run() -> None:
             with suppress(MemoryAccessError):  # the VM is closed
@@ -118,9 +120,14 @@ class FileHome:
                 if fill:
                     self._fill(rate)
 
-        thread = threading.Thread(target=run, name="snapshot filler", daemon=True)
-        self._threads.append(thread)
-        thread.start()
+        self._ahead = threading.Thread(target=run, name="snapshot filler", daemon=True)
+
+    def begin(self) -> None:
+        """The guest runs: what was asked for ahead may come now. Not before, since that would take its CPU."""
+        thread, self._ahead = self._ahead, None
+        if thread is not None:
+            self._threads.append(thread)
+            thread.start()
 
     def _fill(self, rate: float | None) -> None:
         """Block by block, from where the guest touched last: what follows may be touched next."""
@@ -138,7 +145,8 @@ class FileHome:
             engine.fill(block * step, min(step, pages - block * step))
 
     def wait(self) -> None:
-        """Waits until all that was asked for ahead has come."""
+        """Waits until all that was asked for ahead has come, also before the guest runs."""
+        self.begin()
         for thread in self._threads:
             thread.join()
 
@@ -168,5 +176,6 @@ class FileHome:
     def close(self) -> None:
         """After the engine's end: closes the file."""
         self._end.set()
-        self.wait()
+        for thread in self._threads:
+            thread.join()
         self._snapshot.close()

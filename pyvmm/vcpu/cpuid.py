@@ -14,6 +14,7 @@ _TIMING = 0x4000_0010
 """Hypervisors' common leaf: eax = TSC kHz, ebx = APIC bus kHz. Spares guests a calibration of 10 ms."""
 _APIC_BUS_KHZ = 1_000_000  # KVM's LAPIC timer counts nanoseconds
 _TOPOLOGY = (0xB, 0x1F)
+_CHANGED = (0, 1, 0x8000_0008, _HYPERVISOR)
 
 
 def address_bits(supported: CData) -> int:
@@ -27,10 +28,15 @@ def address_bits(supported: CData) -> int:
 def cpuid_for(supported: CData, index: int, cpus: int, tsc_khz: int) -> CData:
     """The table of vCPU `index` of `cpus`: KVM's own, with this vCPU's APIC id, one package of `cpus` cores, and the
     timing leaf."""
-    kept = [entry for entry in supported.entries[0 : supported.nent] if entry.function not in (*_TOPOLOGY, _TIMING)]
+    size = ffi.sizeof("struct kvm_cpuid_entry2")
+    raw = memoryview(ffi.buffer(supported.entries, supported.nent * size))
+    functions = raw.cast("I")[:: size // 4].tolist()  # a table of some fifty: by entry, cffi would take longer than KVM
+    kept = [i for i, function in enumerate(functions) if function not in (*_TOPOLOGY, _TIMING)]
     cpuid = ffi.new("struct kvm_cpuid2 *", {"entries": len(kept) + 4})
-    for i, entry in enumerate(kept):
-        ffi.memmove(ffi.addressof(cpuid.entries, i), ffi.addressof(entry), ffi.sizeof("struct kvm_cpuid_entry2"))
+    ffi.memmove(cpuid.entries, b"".join(raw[i * size : (i + 1) * size] for i in kept), len(kept) * size)
+    for i, number in enumerate(kept):
+        if functions[number] not in _CHANGED:
+            continue
         mine = cpuid.entries[i]
         if mine.function == 1:
             mine.ebx = (mine.ebx & 0xFFFF) | min(cpus, 255) << 16 | index << 24
