@@ -1,6 +1,8 @@
 /* bits.c: page bitmaps: one bit a 4 KiB page of RAM, page p in word p / 64. Bits behind the last page may be anything. */
 #include "native.h"
 
+#include <errno.h>
+
 void pv_bits_set(uint64_t *bits, uint64_t first, uint64_t count)
 {
     while (count) {
@@ -30,6 +32,19 @@ void pv_bits_or(uint64_t *to, const uint64_t *from, uint64_t words)
 {
     for (uint64_t i = 0; i < words; i++)
         to[i] |= from[i];
+}
+
+int pv_bits_mark(uint64_t *bits, const uint64_t *pages, uint64_t count, uint64_t limit)
+{
+    for (uint64_t i = 0; i < count; i++) {
+        uint64_t bit = 1ull << pages[i] % 64;
+        if (pages[i] >= limit)
+            return -EINVAL;
+        if (bits[pages[i] / 64] & bit)
+            return -EEXIST;
+        bits[pages[i] / 64] |= bit;
+    }
+    return 0;
 }
 
 void pv_bits_clear(uint64_t *bits, uint64_t first, uint64_t count)

@@ -135,6 +135,8 @@ void pv_bits_set(uint64_t *bits, uint64_t first, uint64_t count);
 /* Moves all bits of `from` into `to`, none of those set meanwhile is lost: how many there were. */
 uint64_t pv_bits_take(uint64_t *to, uint64_t *from, uint64_t words);
 void pv_bits_or(uint64_t *to, const uint64_t *from, uint64_t words);
+/* Sets the bits of pages in any order. -EINVAL for one from `limit` on, -EEXIST for one whose bit is set. */
+int pv_bits_mark(uint64_t *bits, const uint64_t *pages, uint64_t count, uint64_t limit) PV_CHECKED;
 /* These two: of bitmaps that no other thread changes. */
 void pv_bits_clear(uint64_t *bits, uint64_t first, uint64_t count);
 void pv_bits_and_not(uint64_t *to, const uint64_t *from, uint64_t words);

@@ -25,6 +25,7 @@ from pyvmm.bench.checkpoints import (
     folder,
     has_memory,
     large_at_last,
+    recorded,
     require_cold,
     resident,
     restore_mapped,
@@ -44,6 +45,8 @@ WAYS: dict[str, RestoreOptions | None] = {
     "mmap(MAP_PRIVATE)": None,
     "lazy": {"lazy": True},
     "lazy, fill none": {"lazy": True, "fill": False},
+    "lazy, prefetch": {"lazy": True, "fill": False, "prefetch": True},
+    "lazy, populate": {"lazy": True, "fill": False, "populate": True},
     "eager": {},
 }
 # name -> what the guest does to its region
@@ -167,10 +170,10 @@ def _process(file: str) -> float:
 
 
 def _tasks(found: Collected, task: str, append: str, size: Size) -> None:
-    with folder(3 * size.memory) as path:
+    with folder(4 * size.memory) as path:
         with waiting(size.memory, f"size={size.region} {append}") as vm:
-            saved = checkpoint(vm, os.path.join(path, "snapshot"), raw=True)
-        files = saved.path, saved.raw
+            saved = recorded(checkpoint(vm, os.path.join(path, "snapshot"), raw=True))
+        files = saved.path, saved.raw, saved.packed
         cold = evict(*files)
         for turn in range(size.rounds + 1):
             for way, options in WAYS.items():
@@ -180,7 +183,7 @@ def _tasks(found: Collected, task: str, append: str, size: Size) -> None:
                     found.add(f"{task}, warm file", way, "s", outcome.seconds)
                     _costs(found, f"{task}, warm file: what it took", way, saved, outcome, large)
             for way, options in WAYS.items() if cold and turn else ():
-                require_cold(saved.raw if options is None else saved.path)
+                require_cold(_file(saved, options))
                 outcome, read, _ = _task(saved, options, size.memory)
                 found.add(f"{task}, cold file", way, "s", outcome.seconds)
                 found.add(f"{task}, cold file: read from the disk", way, "MiB", read / MIB)
@@ -191,11 +194,17 @@ def _tasks(found: Collected, task: str, append: str, size: Size) -> None:
 def _task(saved: Checkpoint, options: RestoreOptions | None, memory: int) -> tuple[Task, int, int]:
     """(the task, bytes of the file in the page cache at its end, KVM's 2 MiB mappings)."""
     warm_host(memory)
-    file = saved.raw if options is None else saved.path
-    vm, task = run_task(lambda: restore_mapped(saved) if options is None else VM.restore(saved.path, **options))
+    file = _file(saved, options)
+    vm, task = run_task(lambda: restore_mapped(saved) if options is None else VM.restore(file, **options))
     with vm:
         read = resident(file)
         return task, read, large_at_last(vm)
+
+
+def _file(saved: Checkpoint, options: RestoreOptions | None) -> str:
+    if options is None:
+        return saved.raw
+    return saved.packed if options.get("prefetch") or options.get("populate") else saved.path
 
 
 def _limits(found: Collected, task: str, file: str, size: int, cold: bool) -> None:

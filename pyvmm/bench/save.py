@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import os
 import time
-from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from pyvmm._native import lib
@@ -14,7 +13,6 @@ from pyvmm.bench import Collected, Result
 from pyvmm.bench.checkpoints import folder, waiting
 from pyvmm.bench.running import longest_gap, reset_gaps, run_on
 from pyvmm.layout import BLOCK_SIZE, GIB, MIB, PAGE_SIZE, format_size
-from pyvmm.machine.saving import save
 from pyvmm.record import Record
 from pyvmm.snapshot.format import CODECS
 
@@ -115,14 +113,12 @@ def _write(path: str, pages: mmap, length: int) -> None:
 
 
 def _stalls(found: Collected, size: Size) -> None:
-    known = signature(save).parameters
-    modes = {name: options for name, options in MODES.items() if set(options) <= set(known)}
     group = f"{format_size(size.running)}, the guest writes 10 pages a ms"
     with folder(3 * size.running) as path, waiting(size.running, "gaps=1 rate=10 pattern=uniform") as vm:
         vm.type("g")
         vm.resume()
         for turn in range(size.rounds + 1):
-            for name, options in modes.items():
+            for name, options in MODES.items():
                 stall, took, said = _stall(vm, os.path.join(path, name), options, size.rest)
                 if not turn:
                     continue

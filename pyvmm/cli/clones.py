@@ -12,7 +12,7 @@ import time
 from pyvmm.cli.run import Signals, check_seconds
 from pyvmm.console import Console
 from pyvmm.errors import EXIT_SIGNAL, EXIT_TIMEOUT, BadInput, GuestCrash, HostError, KernelError, PyvmmError
-from pyvmm.layout import MIB, PAGE_SIZE
+from pyvmm.layout import MIB, PAGE_SIZE, parse_size
 from pyvmm.machine import VM
 
 TYPE_CHECKING = False
@@ -32,6 +32,8 @@ def check_count(args: Arguments) -> None:
     """Raises BadInput for a --count that cannot be, and for what does not go with it."""
     if not 1 <= args.count <= MAX_CLONES:
         raise BadInput(f"--count {args.count}: give a number of clones from 1 to {MAX_CLONES}")
+    if args.count > 1 and args.record:
+        raise BadInput("--record watches one guest: with --count there are several")
     if args.count > 1 and args.snapshot is not None:
         raise BadInput("--snapshot saves one guest: with --count there are several")
     if args.count > 1 and args.live:
@@ -41,8 +43,20 @@ def check_count(args: Arguments) -> None:
 def restore(args: Arguments, progress: Progress | None = None) -> VM:
     """One VM, as the command's options say. Raises what VM.restore() raises."""
     track = "bitmap" if args.snapshot_incremental else None
+    if args.eager and args.lazy:
+        raise BadInput("--eager reads all RAM before the guest runs, --lazy does not: give one of them")
     return VM.restore(
-        args.file, lazy=args.lazy, fill=args.fill == "all", pages=args.pages, track=track, progress=progress
+        args.file,
+        lazy=args.lazy,
+        fill=args.fill == "all",
+        fill_rate=None if args.fill_rate is None else parse_size(args.fill_rate),
+        unit=args.unit,
+        record=args.record,
+        prefetch=args.prefetch,
+        populate=args.populate,
+        pages=args.pages,
+        track=track,
+        progress=progress,
     )
 
 

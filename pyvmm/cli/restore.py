@@ -48,6 +48,13 @@ class _Restored(Watched):
             return result
         return self.wait_on(vm, None if timeout is None else max(begin + timeout - time.monotonic(), 0))
 
+    def finish(self, vm: VM, seconds: float) -> None:
+        if self.args.record:
+            from pyvmm.cli.recorded import record
+
+            record(vm, self.args.file)
+        super().finish(vm, seconds)
+
     def save_options(self) -> dict[str, object]:
         return super().save_options() | ({"parent": self.args.file} if self.args.snapshot_incremental else {})
 

@@ -73,12 +73,14 @@ def restore(
     VM is paused and wait() raises FetchError.
     """
     if not lazy and (prefetch or populate or record or fill_rate is not None or unit != "adaptive"):
-        raise BadInput("how memory comes when it is touched (prefetch, record, ...) goes with lazy=True")
+        raise BadInput("prefetch, populate, record, unit and fill_rate say how memory comes lazily: restore with lazy")
+    if record and (prefetch or populate):
+        raise BadInput("a working set is recorded of a guest that touches it: record goes without prefetch or populate")
     if fill_rate is not None and not 0 < fill_rate < 1e15:
         raise BadInput(f"fill_rate={fill_rate}: give bytes a second above 0")
     snapshot = Snapshot.open(path)
     try:
-        if (prefetch or populate) and not snapshot.wset:
+        if (prefetch or populate) and not snapshot.header.sections["wset"].length:
             raise BadInput(f"{path} has no working set: restore it once with record")
         vm = build(memory=snapshot.memory_size, cpus=_cpus(snapshot), pages=pages, output=output)
     except BaseException:

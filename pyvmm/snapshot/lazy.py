@@ -20,6 +20,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from pyvmm._native import CData
     from pyvmm.memory import GuestMemory
     from pyvmm.snapshot.reader import Snapshot
 
@@ -96,19 +97,21 @@ class FileHome:
     # ---- ahead of touches ----
 
     def prefetch(self, pages: Iterable[int] | None = None) -> None:
-        """Brings pages in this order, those of the snapshot's working set where none are given. Raises FetchError."""
-        order = array("Q", self._snapshot.wset if pages is None else pages)
-        wanted = ffi.new("uint64_t[]", self._memory.size // PAGE_SIZE // 64 + 1)
-        for page in order:
-            wanted[page // 64] |= 1 << page % 64
-        self._prefetch(order, wanted)
-
-    def _prefetch(self, order: array[int], wanted: object) -> None:
+        """Brings pages in this order, none twice; those of the snapshot's working set where none are given. Raises
+        BadInput, FetchError."""
+        order, wanted = self._snapshot.wset_words if pages is None else self._words(pages)
         words = ffi.from_buffer("uint64_t[]", order)
         for first in range(0, len(order), _STEP):
             if self._end.is_set():
                 return
             self._memory.engine.prefetch(words + first, min(_STEP, len(order) - first), wanted)
+
+    def _words(self, pages: Iterable[int]) -> tuple[array[int], CData]:
+        order, count = array("Q", pages), self._memory.size // PAGE_SIZE
+        wanted = ffi.new("uint64_t[]", count // 64 + 1)
+        if lib.pv_bits_mark(wanted, ffi.from_buffer("uint64_t[]", order), len(order), count):
+            raise BadInput("what is to be prefetched names a page twice, or one beyond the VM's RAM")
+        return order, wanted
 
     def run_ahead(self, prefetch: bool = False, fill: bool = True, rate: float | None = None) -> None:
         """In a thread of its own, from begin() on: the working set, then all the rest, at most `rate` bytes a second of

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import stat
+from array import array
 from functools import cached_property
 
 from pyvmm._native import ffi, lib
@@ -145,14 +146,19 @@ class Snapshot:
             raise SnapshotError(f"{self.name}: damaged: it has large pages beyond its RAM")
         return found
 
-    @cached_property
+    @property
     def wset(self) -> tuple[int, ...]:
         """The working set: pages in the order of their first touch; empty where none is kept."""
-        words = memoryview(self._bytes("wset", 0, self.header.sections["wset"].length)).cast("Q")
-        order = tuple(words)
-        if len(set(order)) != len(order) or max(order, default=0) >= self.pages:
+        return tuple(self.wset_words[0])
+
+    @cached_property
+    def wset_words(self) -> tuple[array[int], CData]:
+        """The same for C: uint64_t each, and a bit a page of RAM."""
+        order = array("Q", bytes(self._bytes("wset", 0, self.header.sections["wset"].length)))
+        bits = ffi.new("uint64_t[]", self.pages // 64 + 1)
+        if lib.pv_bits_mark(bits, ffi.from_buffer("uint64_t[]", order), len(order), self.pages):
             raise SnapshotError(f"{self.name}: damaged: its working set names a page twice, or one beyond its RAM")
-        return order
+        return order, bits
 
     # ---- pages ----
 

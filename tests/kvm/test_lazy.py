@@ -364,6 +364,7 @@ def test_nothing_of_a_damaged_storage_block_comes(files, restored, tmp_path, ord
         ({"unit": "byte"}, "unit='byte': choose one of adaptive, page, block, large"),
         ({"prefetch": True}, "has no working set: restore it once with record"),
         ({"populate": True}, "has no working set"),
+        ({"record": True, "prefetch": True}, "record goes without prefetch"),
         ({"fill_rate": 0}, "fill_rate=0: give bytes a second above 0"),
     ],
 )
@@ -375,5 +376,5 @@ def test_options_that_cannot_be(files, options, line):
 
 
 def test_lazy_options_without_lazy(files):
-    with pytest.raises(BadInput, match="goes with lazy=True"):
+    with pytest.raises(BadInput, match="restore with lazy"):
         VM.restore(str(files["folder"] / "address"), record=True)
