@@ -88,9 +88,10 @@ def measure(quick: bool = False) -> list[Result]:
 
     Tasks: from the call to the end of the guest's pass over the region; of a cold file, which has just been dropped
     from the page cache (left out where the host cannot), with all reads from the disk. "read from the disk": what is in
-    the page cache when the pass is over. "reads": of storage blocks, and their bytes. "faults": page faults of the
-    whole process; one that userfaultfd answers counts again for who waits. "% large": KVM's 2 MiB mappings over those
-    of the guest that was saved, when all has come and the guest went over it again.
+    the page cache when the pass is over. Prefetch (beside the guest) and populate (before it) bring the task's working
+    set, recorded before, from a file packed in its order. "reads": of storage blocks, and their bytes. "faults": page
+    faults of the whole process; one that userfaultfd answers counts again for who waits. "% large": KVM's 2 MiB
+    mappings over those of the guest that was saved, when all has come and the guest went over it again.
     """
     size = QUICK if quick else FULL
     found = Collected()

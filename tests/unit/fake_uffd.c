@@ -392,6 +392,78 @@ static void shelf_forget(void *self, uint64_t page, uint32_t count, const uint64
 
 void fake_put(uint64_t locator, uint64_t value) { shelf[locator] = value + 1; }
 
+/* ---- a source of all RAM, which keeps pages in units of pages from two blocks; 0: zeros, kept nowhere ---- */
+
+static uint64_t stock[MOST], stocked;
+
+static uint64_t stock_word(uint64_t page) { return page << PV_PAGE_LOCATOR_SHIFT | PV_HOME_PEER; }
+
+static uint32_t stock_find(void *self, uint64_t page, uint32_t count, uint64_t *words)
+{
+    (void)self;
+    bool any = false;
+    for (uint32_t i = 0; i < count; i++) {
+        words[i] = stock[page + i] ? stock_word(page + i) : PV_HOME_ZERO;
+        any = any || stock[page + i];
+    }
+    return any ? PV_BLOCK_UNITS : 0;
+}
+
+static int stock_fetch(void *self, uint64_t page, uint32_t count, const uint64_t *words, uint8_t *to)
+{
+    (void)self;
+    int error = failing(FETCH, NULL);
+    for (uint32_t i = 0; i < count; i++) {
+        if (words[i] >> PV_PAGE_LOCATOR_SHIFT != page + i)
+            abort();
+        for (uint32_t j = 0; j < 512; j++)
+            ((uint64_t *)to)[i * 512 + j] = error ? 0xbad : stock[page + i];
+    }
+    return -error;
+}
+
+/* Four neighbours, and their neighbours in the next block: those of them that are kept. */
+static int stock_gather(void *self, uint64_t page, uint64_t word, struct pv_unit *unit)
+{
+    (void)self;
+    (void)word;
+    int error = failing(FETCH, NULL);
+    uint64_t first = page % PV_BLOCK_PAGES / 4 * 4, odd = page / PV_BLOCK_PAGES / 2 * 2;
+    unit->count = 0;
+    for (uint64_t i = 0; !error && i < 8; i++) {
+        uint64_t each = (odd + i / 4) * PV_BLOCK_PAGES + first + i % 4;
+        if (each >= stocked || !stock[each])
+            continue;
+        unit->pages[unit->count] = each;
+        unit->words[unit->count++] = stock_word(each);
+    }
+    return -error;
+}
+
+static int stock_read(void *self, const struct pv_unit *unit, const uint8_t **bytes)
+{
+    static __thread uint64_t room[8 * 512];
+    (void)self;
+    int error = failing(FETCH, NULL);
+    for (uint32_t i = 0; i < unit->count; i++)
+        for (uint32_t j = 0; j < 512; j++)
+            room[i * 512 + j] = error ? 0xbad : stock[unit->pages[i]];
+    *bytes = (uint8_t *)room;
+    return -error;
+}
+
+/* Of fresh RAM: what its pages hold, and how much comes with a touch. */
+int fake_source(struct pv_engine *engine, const uint64_t *values, uint32_t unit)
+{
+    static const struct pv_home source = {
+        .fetch = stock_fetch, .find = stock_find, .gather = stock_gather, .read = stock_read};
+    memcpy(stock, values, engine->pages * sizeof(*values));
+    stocked = engine->pages;
+    pv_engine_home(engine, PV_HOME_PEER, &source);
+    pv_engine_unit(engine, unit);
+    return pv_engine_assign_all(engine, PV_HOME_PEER);
+}
+
 /* ---- a snapshot: what a live save gives ---- */
 
 static uint64_t packed[MOST];
@@ -539,6 +611,8 @@ void fake_values(struct pv_engine *engine, uint64_t *values)
     entries(in_aside, &areas[1]);
     for (uint64_t page = 0; page < engine->pages; page++) {
         uint64_t word = engine->page_words[page];
+        if (engine->block_words[page / PV_BLOCK_PAGES] & PV_BLOCK_PENDING)
+            word = stock[page] ? stock_word(page) : PV_HOME_ZERO;
         switch (word & PV_PAGE_HOME) {
         case PV_HOME_PRESENT:
             values[page] = in_ram[page] ? value_at(ram_at(engine, page)) : 0;
@@ -548,6 +622,9 @@ void fake_values(struct pv_engine *engine, uint64_t *values)
             break;
         case PV_HOME_SWAP:
             values[page] = shelf[word >> PV_PAGE_LOCATOR_SHIFT] - 1;
+            break;
+        case PV_HOME_PEER:
+            values[page] = stock[word >> PV_PAGE_LOCATOR_SHIFT];
             break;
         default:
             values[page] = 0;
@@ -596,6 +673,8 @@ int fake_check(struct pv_engine *engine, uint64_t users, uint64_t pins, char *te
             gone += page_home(engine, block * PV_BLOCK_PAGES + i) != PV_HOME_PRESENT;
         MUST(block_away(engine, block) == gone, "block %lu: %u away, noted %u", block, gone, block_away(engine, block));
         MUST(!(word & (PV_BLOCK_LOCKED | PV_BLOCK_WAITED)), "block %lu is locked", block);
+        MUST(gone || !(word & (PV_BLOCK_UNITS | PV_BLOCK_TOUCHED)), "block %lu has units, and all of it is there", block);
+        users += (word & PV_BLOCK_PENDING) != 0;
         MUST(!(word & PV_BLOCK_ASIDE_LARGE) || gone == PV_BLOCK_PAGES, "block %lu: aside as a whole, %u", block, gone);
         pinned += block_pins(engine, block);
     }

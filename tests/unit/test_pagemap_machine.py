@@ -18,6 +18,9 @@ REPLACED = ("ioctl", "madvise", "clock_gettime")
 DECLARATIONS = """
 struct pv_engine *fake_open(uint64_t pages, uint64_t small_blocks, uint32_t how);
 void fake_close(struct pv_engine *engine);
+int fake_source(struct pv_engine *engine, const uint64_t *values, uint32_t unit);
+int pv_engine_prefetch(struct pv_engine *engine, const uint64_t *pages, uint64_t count, const uint64_t *wanted);
+int pv_engine_fill(struct pv_engine *engine, uint64_t page, uint64_t count);
 void fake_scans(int on);
 void fake_inject(int call, uint64_t skip, uint64_t pages, int error, int times);
 int fake_pending(void);
@@ -112,11 +115,16 @@ class Engine(RuleBasedStateMachine):
         how=st.sampled_from([0, MOVE, MOVE | POISON, POISON]),
         small=st.sampled_from([0, 1, 1 << 63]),
         scans=st.sampled_from([1, 1, 0]),
+        source=st.sampled_from([None, None, *range(8)]),
     )
-    def begin(self, how, small, scans):
+    def begin(self, how, small, scans, source):
+        """source: None, or all RAM comes from a home that keeps pages in units, half of them zeros if it is odd."""
         self.lib.fake_scans(scans)
         self.engine = self.lib.fake_open(PAGES, small, how)
         self.model = [0] * PAGES
+        if source is not None:
+            self.model = [page % 10 if page % 3 or source % 2 == 0 else 0 for page in range(PAGES)]
+            assert self.lib.fake_source(self.engine, self.model, source // 2) == 0
         self.pins = []
         self.traced = False
         self.live, self.python, self.instant, self.injected = False, 0, None, False
@@ -183,6 +191,21 @@ class Engine(RuleBasedStateMachine):
         count = min(count, PAGES - page)
         pending = self.lib.fake_pending()
         result = self.lib.pv_engine_install(self.engine, page, count)
+        assert result == 0 or (result < 0 and pending)
+
+    @rule(wanted=st.lists(pages, max_size=40, unique=True))
+    def prefetch(self, wanted):
+        bits = ffi.new("uint64_t[]", PAGES // 64 + 1)
+        for page in wanted:
+            bits[page // 64] |= 1 << page % 64
+        pending = self.lib.fake_pending()
+        result = self.lib.pv_engine_prefetch(self.engine, wanted, len(wanted), bits)
+        assert result == 0 or (result < 0 and pending)
+
+    @rule(block=blocks)
+    def fill(self, block):
+        pending = self.lib.fake_pending()
+        result = self.lib.pv_engine_fill(self.engine, block * BLOCK, self.within(block * BLOCK, BLOCK))
         assert result == 0 or (result < 0 and pending)
 
     @rule(block=blocks)
@@ -382,6 +405,29 @@ def test_an_installation_that_stops_halfway(lib, engine, call, part, error, home
     assert balance(lib, own) == ""
     lib.fake_clear()
     assert {lib.guest_read(own, page) for page in range(BLOCK)} == {7}
+    assert lib.pv_engine_install(own, 0, PAGES) == 0
+    assert balance(lib, own) == ""
+    assert not lib.fake_armed()
+
+
+@pytest.mark.parametrize("call", ["fetch", "copy", "move"])
+@pytest.mark.parametrize("skip", range(6))
+@pytest.mark.parametrize("unit", range(4))
+@pytest.mark.parametrize("small", [0, 1])
+def test_a_unit_that_fails_leaves_nothing_wrong(lib, engine, call, skip, unit, small):
+    """At each call of the answers to two touches; whatever has come by then, or comes later, is right."""
+    own = engine(MOVE, small)
+    model = [page % 10 for page in range(PAGES)]
+    assert lib.fake_source(own, model, unit) == 0
+    lib.fake_inject(CALLS.index(call), skip, 0, errno.EIO, 1000)
+    for page in (5, 300):
+        assert lib.guest_read(own, page) in (model[page], MISSING)
+        found = ffi.new("uint64_t[]", PAGES)
+        lib.fake_values(own, found)
+        assert list(found) == model
+        assert balance(lib, own) == ""
+    lib.fake_clear()
+    assert [lib.guest_read(own, page) for page in range(PAGES)] == model
     assert lib.pv_engine_install(own, 0, PAGES) == 0
     assert balance(lib, own) == ""
     assert not lib.fake_armed()
