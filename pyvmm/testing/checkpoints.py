@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from pyvmm._native import lib
 from pyvmm.layout import BLOCK_SIZE, PAGE_SIZE
 from pyvmm.machine import VM
+from pyvmm.memory.engine import UNITS
 from pyvmm.snapshot.format import CODECS
 from pyvmm.testing.operations import PATIENCE, Wrong, check_contents
 
@@ -58,22 +59,25 @@ def snapshot(subject: Subject, operation: Operation) -> None:
     codec = rng.choice([name for number, name in enumerate(CODECS) if lib.pv_codec_available(number) == 0])
     block_size = rng.choice(("16K", "64K", "2M"))
     lazy, fill, stays = rng.random() < 0.7, rng.random() < 0.5, rng.random() < 0.4
-    was_paused = subject.pause()
+    unit = rng.choice(UNITS) if lazy else "adaptive"
+    live = rng.random() < 0.4 and not subject.vm.paused and not subject.watched
+    was_paused = subject.vm.paused if live else subject.pause()
     with TemporaryDirectory(prefix="pyvmm-torture-", dir=_SHM if os.access(_SHM, os.W_OK) else None) as folder:
         path = os.path.join(folder, "snapshot")
-        subject.vm.snapshot(path, codec=codec, block_size=block_size)
+        subject.vm.snapshot(path, codec=codec, block_size=block_size, mode="live" if live else "stop")
         pages = subject.memory.backing
         # Gone from its folder, a file that is read lazily is there for as long as it is open.
-        copy = type(subject.vm).restore(path, lazy=lazy, fill=fill, pages=pages, generation=False)
+        copy = type(subject.vm).restore(path, lazy=lazy, fill=fill, unit=unit, pages=pages, generation=False)
     try:
-        _compare(subject.memory, copy.memory, rng, share=0.15 if lazy else 1.0)
+        if not live:  # else the guest has gone on: the copy's own guest, and its model, are the judges
+            _compare(subject.memory, copy.memory, rng, share=0.15 if lazy else 1.0)
         copy.start()
         _wait_for_work(copy, rng.choice(WORK))
         copy.pause()
+        if live or not stays:
+            check_contents(copy, subject.written)
         if stays:
             subject.adopt(copy)
-        else:
-            check_contents(copy, subject.written)
     except BaseException:
         copy.close()
         raise
