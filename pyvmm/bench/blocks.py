@@ -1,8 +1,8 @@
 # blocks.py: how large storage blocks should be, and which codec (technique T3, US9053065B2). Units: seconds, reads.
 """A lazily restored guest reads part of its RAM, from snapshots of all block sizes and codecs.
 
-Nothing is brought but what it touches (fill=False). With large pages a fault brings 2 MiB and uses whole storage
-blocks; with small ones it brings a page, of a storage block that is read and unpacked for it.
+Nothing is brought but for what it touches (fill=False): a page at a time, for each of which a storage block is read
+and unpacked; a storage block; or a storage block and, with a second touch of the same 2 MiB, all of that (adaptive).
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 SIZES = ("16K", "32K", "64K", "128K", "256K", "512K", "1M", "2M")
 # name -> options of VM.restore(), codecs and files that are measured so: what reads a block for each page takes long
 UNITS: dict[str, tuple[RestoreOptions, tuple[str, ...], tuple[str, ...]]] = {
-    "large pages": ({"lazy": True, "fill": False, "pages": "auto"}, CODECS, ("warm", "cold")),
-    "small pages": ({"lazy": True, "fill": False, "pages": "4k"}, ("raw",), ("warm",)),
+    "by page": ({"lazy": True, "fill": False, "unit": "page"}, ("raw",), ("warm",)),
+    "by storage block": ({"lazy": True, "fill": False, "unit": "block"}, CODECS, ("warm", "cold")),
+    "adaptive": ({"lazy": True, "fill": False}, CODECS, ("warm", "cold")),
 }
 TASKS = {"dense": "read=1", "1 page in 64": "read=1 stride=256K"}
 

@@ -67,8 +67,8 @@ RESULTS = {
         ("1 page in 64, reads, warm file", "lazy, fill none"),
     ],
     "blocks": [
-        ("dense, large pages (2M): warm file", "zstd 256K"),
-        ("1 page in 64, small pages (2M): reads", "raw 16K"),
+        ("dense, adaptive (2M): warm file", "zstd 256K"),
+        ("1 page in 64, by page (2M): reads", "raw 16K"),
     ],
     "save": [
         ("random data", "write() and fsync()"),
