@@ -48,8 +48,11 @@ static void note(struct pv_engine *engine, uint32_t home, int answer, uint32_t t
 static int answer_write(struct pv_engine *engine, uint64_t page)
 {
     int error = trace_fault(engine, page);
-    /* ENOENT: no longer registered, and whoever waited was woken by that */
-    return error && error != -ENOENT ? error : PV_ANSWER_TRACE;
+    if (error == -ENOENT) { /* no longer registered: see bring_untouched() */
+        uffd_wake(engine, ram_at(engine, page), PV_PAGE);
+        return PV_ANSWER_TRACE;
+    }
+    return error ? error : PV_ANSWER_TRACE;
 }
 
 static void serve(struct pv_engine *engine, const struct uffd_msg *message, uint64_t begin)

@@ -306,11 +306,14 @@ static int fill_untouched(struct pv_engine *engine, uint64_t page, bool written)
 }
 
 /* Only while faults are reported there: else a vCPU may be populating and writing these very pages by itself, and they
- * would be dropped to make room for a large one. */
+ * would be dropped to make room for a large one. Who waits is woken all the same: the kernel wakes those in a range
+ * before it unregisters that, and a fault under the lock of its VMA alone may come in between. */
 int bring_untouched(struct pv_engine *engine, uint64_t page, bool written)
 {
-    if (!span_keep(engine, page))
-        return PV_ANSWER_MERGED; /* whoever waited was woken when the span was unregistered */
+    if (!span_keep(engine, page)) {
+        uffd_wake(engine, ram_at(engine, page), PV_PAGE);
+        return PV_ANSWER_MERGED;
+    }
     int answer = fill_untouched(engine, page, written);
     span_release(engine, page, 1, false);
     return answer;

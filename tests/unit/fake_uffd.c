@@ -247,6 +247,8 @@ static int do_scan(struct pm_scan_arg *scan)
     return (int)count;
 }
 
+static uint64_t woken; /* where the last range begins that was woken */
+
 int fake_ioctl(int fd, unsigned long request, ...)
 {
     va_list arguments;
@@ -256,7 +258,9 @@ int fake_ioctl(int fd, unsigned long request, ...)
     (void)fd;
     switch (request) {
     case UFFDIO_API:
+        return 0;
     case UFFDIO_WAKE: /* whoever waits looks again and again */
+        woken = ((struct uffdio_range *)argument)->start;
         return 0;
     case UFFDIO_MOVE:
         return do_move(argument);
@@ -567,6 +571,14 @@ static void post(struct pv_engine *engine, uint64_t page, uint64_t flags)
         sched_yield();
     block_lock(engine, page / PV_BLOCK_PAGES); /* acquire: all that the thread did under it is seen */
     block_unlock(engine, page / PV_BLOCK_PAGES);
+}
+
+/* A fault whose range has been unregistered meanwhile: is its thread woken? */
+int fake_late_fault(struct pv_engine *engine, uint64_t page, int written)
+{
+    woken = 0;
+    post(engine, page, written ? UFFD_PAGEFAULT_FLAG_WRITE | UFFD_PAGEFAULT_FLAG_WP : 0);
+    return woken == (uintptr_t)ram_at(engine, page);
 }
 
 /* Touches a page as a guest does: 0 once it may, -1 where the engine could not bring it. */

@@ -18,6 +18,7 @@ REPLACED = ("ioctl", "madvise", "clock_gettime")
 DECLARATIONS = """
 struct pv_engine *fake_open(uint64_t pages, uint64_t small_blocks, uint32_t how);
 void fake_close(struct pv_engine *engine);
+int fake_late_fault(struct pv_engine *engine, uint64_t page, int written);
 int fake_source(struct pv_engine *engine, const uint64_t *values, uint32_t unit);
 int pv_engine_prefetch(struct pv_engine *engine, const uint64_t *pages, uint64_t count, const uint64_t *wanted);
 int pv_engine_fill(struct pv_engine *engine, uint64_t page, uint64_t count);
@@ -408,6 +409,17 @@ def test_an_installation_that_stops_halfway(lib, engine, call, part, error, home
     assert lib.pv_engine_install(own, 0, PAGES) == 0
     assert balance(lib, own) == ""
     assert not lib.fake_armed()
+
+
+@pytest.mark.parametrize("written", [0, 1])
+def test_a_fault_whose_range_is_no_longer_registered_is_woken(lib, engine, written):
+    """The kernel wakes who waits before it unregisters a range; a fault that comes in between would wait for ever."""
+    own = engine(MOVE, 0)
+    assert lib.pv_engine_remove(own, 0, 1, 0) == 1  # from here on there is a thread
+    assert lib.pv_engine_install(own, 0, 1) == 0
+    assert not lib.fake_armed()
+    assert lib.fake_late_fault(own, 700, written)
+    assert balance(lib, own) == ""
 
 
 @pytest.mark.parametrize("call", ["fetch", "copy", "move"])
