@@ -17,231 +17,14 @@
  * of guest memory, with the GIL, must not wait for a fault: so pinned blocks are never protected then, but copied at the
  * instant itself. */
 #define _GNU_SOURCE
-#include "engine_inside.h"
+#include "live_inside.h"
 
 #include <errno.h>
-#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
 
 #define STRIDE 16 /* blocks protected in one call while the guest runs: what a fault may have to wait for */
-
-/* Of a block: its protection is on, or not (or not for all of it); or it is saved, and nothing of it matters any more. */
-enum { OPEN, ARMED, SAVED };
-
-/* The bytes of a block's pages, for the drain thread. */
-struct live_copy {
-    struct live_copy *next;
-    uint8_t *bytes; /* PV_BLOCK of room; only pages in `held` are there */
-    uint64_t block;
-    uint64_t held[PV_BLOCK_PAGES / 64];
-    bool extra; /* not of the pool: given back when it is written */
-};
-
-static uint32_t mode_of(const struct live *live) { return __atomic_load_n(&live->mode, __ATOMIC_ACQUIRE); }
-
-/* Under the mutex. */
-static void set_mode(struct live *live, uint32_t mode)
-{
-    /* release: who sees it under a block's lock sees the arrays */
-    __atomic_store_n(&live->mode, mode, __ATOMIC_RELEASE);
-    pthread_cond_broadcast(&live->room);
-    pthread_cond_broadcast(&live->work);
-    pthread_cond_broadcast(&live->ended);
-}
-
-/* Nothing more is saved: the first cause is the one that is told. */
-static void stop(struct live *live, int error, uint32_t cause, uint64_t page, uint32_t home)
-{
-    pthread_mutex_lock(&live->mutex);
-    if (live->mode == PV_LIVE_ARMING || live->mode == PV_LIVE_SAVING) {
-        live->told.error = -error;
-        live->told.cause = cause;
-        live->told.page = page;
-        live->told.home = home;
-        set_mode(live, PV_LIVE_STOPPED);
-    }
-    pthread_mutex_unlock(&live->mutex);
-}
-
-/* ---- one block, under its lock ---- */
-
-static uint8_t state_of(const struct live *live, uint64_t block)
-{
-    return __atomic_load_n(&live->states[block], __ATOMIC_RELAXED);
-}
-
-static void set_state(struct live *live, uint64_t block, uint8_t state)
-{
-    __atomic_store_n(&live->states[block], state, __ATOMIC_RELAXED);
-}
-
-static bool is_held(const struct live_copy *copy, uint32_t index) { return copy->held[index / 64] >> index % 64 & 1; }
-
-/* Which pages hold something: those that are populated, and those in a home that is not zeros. Makes nothing resident. */
-static int see_held(struct pv_engine *engine, uint64_t block, struct live_copy *out, uint32_t *count)
-{
-    uint64_t first = block * PV_BLOCK_PAGES;
-    block_find(engine, block);
-    uint32_t pages = pages_of_block(engine, block), away = block_away(engine, block);
-    struct populated seen;
-    int error = look_at(engine, ram_at(engine, first), pages, &seen);
-    if (error)
-        return error;
-    out->block = block;
-    memcpy(out->held, seen.bits, sizeof(out->held));
-    *count = seen.count;
-    for (uint32_t i = 0; away && i < pages; i++) {
-        uint32_t home = page_home(engine, first + i);
-        uint64_t bit = 1ull << i % 64;
-        if (home == PV_HOME_PRESENT)
-            continue;
-        *count -= (out->held[i / 64] & bit) != 0; /* what is away is where its word says, whatever is mapped */
-        out->held[i / 64] &= ~bit;
-        if (home == PV_HOME_ZERO || home == PV_HOME_BALLOON)
-            continue;
-        out->held[i / 64] |= bit;
-        ++*count;
-    }
-    bool comes_large = away && *count && !(block_word(engine, block) & PV_BLOCK_SMALL);
-    engine->live.large[block] = seen.large || comes_large;
-    return 0;
-}
-
-/* What is populated can be read in the guest's mapping: only the lock's holder could take it away. */
-static int read_held(struct pv_engine *engine, struct live_copy *copy)
-{
-    uint64_t first = copy->block * PV_BLOCK_PAGES;
-    uint32_t pages = pages_of_block(engine, copy->block);
-    for (uint32_t i = 0, run; i < pages; i += run) {
-        uint32_t home = page_home(engine, first + i);
-        for (run = 1; i + run < pages && is_held(copy, i + run) == is_held(copy, i); run++)
-            if (page_home(engine, first + i + run) != home)
-                break;
-        if (!is_held(copy, i))
-            continue;
-        uint8_t *to = copy->bytes + (size_t)i * PV_PAGE;
-        if (home == PV_HOME_PRESENT) {
-            memcpy(to, ram_at(engine, first + i), (size_t)run * PV_PAGE);
-            continue;
-        }
-        int error = fetch(engine, first + i, run, to);
-        if (error) {
-            stop(&engine->live, error, PV_LIVE_FETCH, first + i, home);
-            return error;
-        }
-    }
-    return 0;
-}
-
-static int protect_range(struct pv_engine *engine, uint64_t first, uint64_t end, bool on)
-{
-    uint64_t page = first * PV_BLOCK_PAGES, last = end * PV_BLOCK_PAGES;
-    last = last < engine->pages ? last : engine->pages;
-    return uffd_protect(engine, ram_at(engine, page), (last - page) * PV_PAGE, on);
-}
-
-static int protect(struct pv_engine *engine, uint64_t first, uint64_t end, bool on)
-{
-    uint64_t page = first * PV_BLOCK_PAGES;
-    int error = protect_range(engine, first, end, on);
-    if (error == -ENOENT && end - first > 1) /* a kernel before 6.3 takes one mapping at a time; a block is in one */
-        for (error = 0; !error && first < end; first++)
-            error = protect_range(engine, first, first + 1, on);
-    if (error && !on)
-        engine->live.stuck = true;
-    if (error)
-        stop(&engine->live, error, PV_LIVE_PROTECT, page, PV_HOME_PRESENT);
-    return error;
-}
-
-static void noted_saved(struct live *live, struct live_copy *copy, uint64_t block, bool before)
-{
-    pthread_mutex_lock(&live->mutex);
-    set_state(live, block, SAVED);
-    live->told.saved++;
-    live->moves++;
-    if (copy) {
-        copy->next = NULL;
-        *live->last = copy;
-        live->last = &copy->next;
-        live->told.copied += before;
-    }
-    pthread_cond_signal(&live->work);
-    pthread_mutex_unlock(&live->mutex);
-}
-
-static struct live_copy *take_copy(struct live *live)
-{
-    pthread_mutex_lock(&live->mutex);
-    live->told.waits += !live->free && live->mode == PV_LIVE_SAVING;
-    while (!live->free && live->mode == PV_LIVE_SAVING)
-        pthread_cond_wait(&live->room, &live->mutex);
-    struct live_copy *copy = live->mode == PV_LIVE_SAVING ? live->free : NULL;
-    if (copy)
-        live->free = copy->next;
-    pthread_mutex_unlock(&live->mutex);
-    return copy;
-}
-
-static void give_copy(struct live *live, struct live_copy *copy)
-{
-    if (copy->extra) {
-        (void)!pv_unmap(copy->bytes, PV_BLOCK);
-        free(copy);
-        return;
-    }
-    pthread_mutex_lock(&live->mutex);
-    copy->next = live->free;
-    live->free = copy;
-    pthread_cond_signal(&live->room);
-    pthread_mutex_unlock(&live->mutex);
-}
-
-/* The block is as it was at the instant, and is about to be changed. */
-static void save_before(struct pv_engine *engine, uint64_t block)
-{
-    struct live *live = &engine->live;
-    struct live_copy seen;
-    uint32_t count;
-    int error = see_held(engine, block, &seen, &count);
-    if (error) {
-        stop(live, error, PV_LIVE_LOOK, block * PV_BLOCK_PAGES, PV_HOME_PRESENT);
-    } else if (!count) {
-        noted_saved(live, NULL, block, true);
-    } else {
-        struct live_copy *copy = take_copy(live);
-        if (!copy)
-            return; /* stopped meanwhile */
-        copy->block = block;
-        memcpy(copy->held, seen.held, sizeof(copy->held));
-        if (read_held(engine, copy))
-            give_copy(live, copy);
-        else
-            noted_saved(live, copy, block, true);
-    }
-}
-
-void live_before(struct pv_engine *engine, uint64_t block)
-{
-    struct live *live = &engine->live;
-    uint32_t mode = mode_of(live);
-    if (mode == PV_LIVE_OFF)
-        return;
-    uint8_t before = state_of(live, block);
-    if (before == SAVED)
-        return;
-    if (mode == PV_LIVE_SAVING)
-        save_before(engine, block);
-    /* Whatever is done under the lock now finds no protection: there is no trace. */
-    if (before == ARMED)
-        (void)!protect(engine, block, block + 1, false);
-    if (state_of(live, block) != SAVED)
-        set_state(live, block, OPEN);
-}
-
-bool live_on(const struct pv_engine *engine) { return mode_of(&engine->live) != PV_LIVE_OFF; }
 
 bool live_claimed(struct pv_engine *engine)
 {
@@ -250,115 +33,6 @@ bool live_claimed(struct pv_engine *engine)
     pthread_mutex_unlock(&engine->live.mutex);
     return claimed;
 }
-
-/* ---- the drain thread ---- */
-
-static int pack_copy(const struct pv_engine *engine, struct pv_pack *pack, const struct live_copy *copy)
-{
-    uint32_t pages = pages_of_block(engine, copy->block);
-    for (uint32_t i = 0, run; i < pages; i += run) {
-        for (run = 1; i + run < pages && is_held(copy, i + run) == is_held(copy, i); run++)
-            ;
-        if (!is_held(copy, i))
-            continue;
-        int error = pv_pack_add(pack, copy->block * PV_BLOCK_PAGES + i, run, copy->bytes + (size_t)i * PV_PAGE);
-        if (error)
-            return error;
-    }
-    return 0;
-}
-
-/* Of a block whose lock is held and that is not saved: into the drain's own buffer. Does it hold anything? */
-static bool save_own(struct pv_engine *engine, uint64_t block)
-{
-    struct live *live = &engine->live;
-    uint32_t count;
-    int error = see_held(engine, block, live->own, &count);
-    if (error) {
-        stop(live, error, PV_LIVE_LOOK, block * PV_BLOCK_PAGES, PV_HOME_PRESENT);
-        return false;
-    }
-    if ((count && read_held(engine, live->own)) || protect(engine, block, block + 1, false))
-        return false;
-    noted_saved(live, NULL, block, false);
-    return count != 0;
-}
-
-/* The next block that nobody has saved, unless all that are left are locked: those come as copies, or are noted as
- * saved, since whoever has the lock saves first. Not waited for here: they may be waiting for a buffer. */
-static bool save_next(struct pv_engine *engine)
-{
-    struct live *live = &engine->live;
-    for (uint64_t looked = 0; looked < engine->blocks && mode_of(live) == PV_LIVE_SAVING; looked++) {
-        uint64_t block = live->cursor;
-        live->cursor = (block + 1) % engine->blocks;
-        if (state_of(live, block) == SAVED || !block_trylock_plain(engine, block))
-            continue;
-        bool holds = state_of(live, block) != SAVED && save_own(engine, block);
-        block_unlock(engine, block);
-        if (holds)
-            return true;
-    }
-    return false;
-}
-
-static void write_copy(struct pv_engine *engine, struct live_copy *copy)
-{
-    struct live *live = &engine->live;
-    int error = pack_copy(engine, live->pack, copy);
-    if (error)
-        stop(live, error, PV_LIVE_WRITE, 0, PV_HOME_PRESENT);
-    if (copy != live->own)
-        give_copy(live, copy);
-}
-
-static void *drain(void *argument)
-{
-    struct pv_engine *engine = argument;
-    struct live *live = &engine->live;
-    uint64_t looked_at = UINT64_MAX; /* what `moves` was before a look that found all that are left locked */
-    pthread_mutex_lock(&live->mutex);
-    for (;;) {
-        while (live->mode == PV_LIVE_ARMING ||
-               (live->mode == PV_LIVE_SAVING && !live->first && live->moves == looked_at))
-            pthread_cond_wait(&live->work, &live->mutex);
-        if (live->mode != PV_LIVE_SAVING)
-            break;
-        struct live_copy *copy = live->first;
-        if (!copy && live->told.saved == live->told.blocks) {
-            set_mode(live, PV_LIVE_DONE);
-            break;
-        }
-        if (copy && !(live->first = copy->next))
-            live->last = &live->first;
-        uint64_t moves = live->moves;
-        pthread_mutex_unlock(&live->mutex);
-        if (copy)
-            write_copy(engine, copy);
-        else if (save_next(engine))
-            write_copy(engine, live->own);
-        else
-            looked_at = moves; /* what happened since is seen above, and looked for again */
-        pthread_mutex_lock(&live->mutex);
-    }
-    pthread_mutex_unlock(&live->mutex);
-    return NULL;
-}
-
-static int start_drain(struct pv_engine *engine)
-{
-    sigset_t all, before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before); /* inherited: the program's signals are for its other threads */
-    int error = pthread_create(&engine->live.thread, NULL, drain, engine);
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    engine->live.threaded = error == 0;
-    if (!error)
-        (void)pthread_setname_np(engine->live.thread, "pyvmm live save");
-    return -error;
-}
-
-/* ---- a session ---- */
 
 void live_init(struct live *live)
 {
@@ -385,7 +59,7 @@ static void give_all(struct live *live)
     for (struct live_copy *copy = live->first, *next; copy; copy = next) {
         next = copy->next;
         if (copy->extra)
-            give_copy(live, copy);
+            live_give(live, copy);
     }
     if (live->pool)
         (void)!pv_unmap(live->pool, (live->buffers + 1) * (size_t)PV_BLOCK);
@@ -454,9 +128,9 @@ static int arm(struct pv_engine *engine, bool pinned)
                 block_unlock(engine, end);
                 break;
             }
-            set_state(live, end, ARMED);
+            live_set_state(live, end, ARMED);
         }
-        int error = end > begin ? protect(engine, begin, end, true) : 0;
+        int error = end > begin ? live_protect(engine, begin, end, true) : 0;
         for (uint64_t block = begin; block < end; block++)
             block_unlock(engine, block);
         if (error)
@@ -484,14 +158,14 @@ int pv_live_begin(struct pv_engine *engine, struct pv_pack *pack, uint32_t buffe
         return error;
     }
     pthread_mutex_lock(&live->mutex);
-    set_mode(live, live->closing ? PV_LIVE_STOPPED : PV_LIVE_ARMING);
+    live_set_mode(live, live->closing ? PV_LIVE_STOPPED : PV_LIVE_ARMING);
     if (live->closing)
         live->told.error = ECANCELED;
     pthread_mutex_unlock(&live->mutex);
-    error = start_drain(engine);
+    error = live_start_drain(engine);
     error = error ? error : arm(engine, !python_homes);
     if (error) {
-        stop(live, error, PV_LIVE_PROTECT, 0, PV_HOME_PRESENT);
+        live_stop(live, error, PV_LIVE_PROTECT, 0, PV_HOME_PRESENT);
         pv_live_end(engine, NULL, NULL);
     }
     return error;
@@ -518,17 +192,17 @@ static int save_now(struct pv_engine *engine, uint64_t block)
     if (!error) {
         copy->bytes = bytes;
         copy->extra = true;
-        error = see_held(engine, block, copy, &count);
+        error = live_see(engine, block, copy, &count);
     }
-    error = error ? error : read_held(engine, copy);
+    error = error ? error : live_read(engine, copy);
     if (!error)
-        noted_saved(live, copy, block, true);
+        live_note_saved(live, copy, block, true);
     else if (bytes)
-        give_copy(live, copy);
+        live_give(live, copy);
     else
         free(copy);
     if (error)
-        stop(live, error, PV_LIVE_LOOK, block * PV_BLOCK_PAGES, PV_HOME_PRESENT);
+        live_stop(live, error, PV_LIVE_LOOK, block * PV_BLOCK_PAGES, PV_HOME_PRESENT);
     return error;
 }
 
@@ -537,12 +211,12 @@ static int freeze(struct pv_engine *engine, bool python_homes)
     struct live *live = &engine->live;
     int error = 0;
     for (uint64_t block = 0; !error && python_homes && block < engine->blocks; block++)
-        if (block_pins(engine, block) && state_of(live, block) == OPEN && comes_alone(engine, block))
+        if (block_pins(engine, block) && live_state(live, block) == OPEN && comes_alone(engine, block))
             error = save_now(engine, block);
     for (uint64_t first = 0, end; !error && first < engine->blocks; first = end) {
-        for (end = first; end < engine->blocks && state_of(live, end) == OPEN; end++)
-            set_state(live, end, ARMED);
-        error = end > first ? protect(engine, first, end, true) : 0;
+        for (end = first; end < engine->blocks && live_state(live, end) == OPEN; end++)
+            live_set_state(live, end, ARMED);
+        error = end > first ? live_protect(engine, first, end, true) : 0;
         end += end == first;
     }
     return error;
@@ -553,10 +227,10 @@ int pv_live_freeze(struct pv_engine *engine, int python_homes)
     struct live *live = &engine->live;
     for (uint64_t block = 0; block < engine->blocks; block++)
         block_lock_plain(engine, block);
-    int error = mode_of(live) == PV_LIVE_ARMING ? freeze(engine, python_homes) : -ECANCELED;
+    int error = live_mode(live) == PV_LIVE_ARMING ? freeze(engine, python_homes) : -ECANCELED;
     pthread_mutex_lock(&live->mutex);
     if (!error && live->mode == PV_LIVE_ARMING)
-        set_mode(live, PV_LIVE_SAVING);
+        live_set_mode(live, PV_LIVE_SAVING);
     pthread_mutex_unlock(&live->mutex);
     for (uint64_t block = 0; block < engine->blocks; block++)
         block_unlock(engine, block);
@@ -591,7 +265,7 @@ void pv_live_cancel(struct pv_engine *engine, int closing)
     pthread_mutex_lock(&live->mutex);
     live->closing |= closing != 0;
     pthread_mutex_unlock(&live->mutex);
-    stop(live, -ECANCELED, PV_LIVE_CANCELLED, 0, PV_HOME_PRESENT);
+    live_stop(live, -ECANCELED, PV_LIVE_CANCELLED, 0, PV_HOME_PRESENT);
 }
 
 void pv_live_end(struct pv_engine *engine, uint8_t *large, struct pv_live_progress *out)
@@ -603,9 +277,9 @@ void pv_live_end(struct pv_engine *engine, uint8_t *large, struct pv_live_progre
     live->threaded = false;
     for (uint64_t block = 0; block < engine->blocks; block++) {
         block_lock_plain(engine, block);
-        if (state_of(live, block) == ARMED || live->stuck) {
-            (void)!protect(engine, block, block + 1, false); /* if it fails, it goes with the span's registration */
-            set_state(live, block, OPEN);
+        if (live_state(live, block) == ARMED || live->stuck) {
+            (void)!live_protect(engine, block, block + 1, false); /* if it fails, it goes with the span's registration */
+            live_set_state(live, block, OPEN);
         }
         block_unlock(engine, block);
     }
@@ -614,7 +288,7 @@ void pv_live_end(struct pv_engine *engine, uint8_t *large, struct pv_live_progre
     pthread_mutex_lock(&live->mutex);
     if (out)
         *out = live->told;
-    set_mode(live, PV_LIVE_OFF);
+    live_set_mode(live, PV_LIVE_OFF);
     pthread_mutex_unlock(&live->mutex);
     for (uint64_t block = 0; block < engine->blocks; block++) { /* whoever saw it on is through now */
         block_lock_plain(engine, block);

@@ -13,7 +13,22 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("engine", "pagemap", "uffd", "fault", "install", "remove", "blocks", "unit", "coarse", "live", "map", "bits")
+SOURCES = (
+    "engine",
+    "pagemap",
+    "uffd",
+    "fault",
+    "install",
+    "remove",
+    "blocks",
+    "unit",
+    "coarse",
+    "live",
+    "live_block",
+    "live_drain",
+    "map",
+    "bits",
+)
 REPLACED = ("ioctl", "madvise", "clock_gettime")
 DECLARATIONS = """
 struct pv_engine *fake_open(uint64_t pages, uint64_t small_blocks, uint32_t how);
