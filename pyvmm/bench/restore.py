@@ -40,14 +40,15 @@ from pyvmm.record import Record
 if TYPE_CHECKING:
     from pyvmm.machine.restoring import RestoreOptions
 
-# name -> options of VM.restore(); None: the raw file mapped. The first is what the others are compared with.
-WAYS: dict[str, RestoreOptions | None] = {
-    "mmap(MAP_PRIVATE)": None,
-    "lazy": {"lazy": True},
-    "lazy, fill none": {"lazy": True, "fill": False},
-    "lazy, prefetch": {"lazy": True, "fill": False, "prefetch": True},
-    "lazy, populate": {"lazy": True, "fill": False, "populate": True},
-    "eager": {},
+# name -> the file (a field of Checkpoint), options of VM.restore(). The first is what the others are compared with.
+WAYS: dict[str, tuple[str, RestoreOptions]] = {
+    "mmap(MAP_PRIVATE)": ("raw", {}),
+    "lazy": ("path", {"lazy": True}),
+    "lazy, fill none": ("path", {"lazy": True, "fill": False}),
+    "lazy, fill none, by first touch": ("packed", {"lazy": True, "fill": False}),
+    "lazy, prefetch": ("packed", {"lazy": True, "fill": False, "prefetch": True}),
+    "lazy, populate": ("packed", {"lazy": True, "fill": False, "populate": True}),
+    "eager": ("path", {}),
 }
 # name -> what the guest does to its region
 TASKS = {
@@ -88,10 +89,11 @@ def measure(quick: bool = False) -> list[Result]:
 
     Tasks: from the call to the end of the guest's pass over the region; of a cold file, which has just been dropped
     from the page cache (left out where the host cannot), with all reads from the disk. "read from the disk": what is in
-    the page cache when the pass is over. Prefetch (beside the guest) and populate (before it) bring the task's working
-    set, recorded before, from a file packed in its order. "reads": of storage blocks, and their bytes. "faults": page
-    faults of the whole process; one that userfaultfd answers counts again for who waits. "% large": KVM's 2 MiB
-    mappings over those of the guest that was saved, when all has come and the guest went over it again.
+    the page cache when the pass is over. By first touch: from a file packed in the order of the task's working set,
+    recorded before, which prefetch brings beside the guest and populate before it. "reads": of storage blocks, and
+    their bytes. "faults": page faults of the whole process; one that userfaultfd answers counts again for who waits.
+    "% large": KVM's 2 MiB mappings over those of the guest that was saved, when all has come and the guest went over it
+    again.
     """
     size = QUICK if quick else FULL
     found = Collected()
@@ -177,35 +179,29 @@ def _tasks(found: Collected, task: str, append: str, size: Size) -> None:
         files = saved.path, saved.raw, saved.packed
         cold = evict(*files)
         for turn in range(size.rounds + 1):
-            for way, options in WAYS.items():
+            for way, (file, options) in WAYS.items():
                 bring(*files)
-                outcome, _, large = _task(saved, options, size.memory)
+                outcome, _, large = _task(saved, file, options, size.memory)
                 if turn:
                     found.add(f"{task}, warm file", way, "s", outcome.seconds)
                     _costs(found, f"{task}, warm file: what it took", way, saved, outcome, large)
-            for way, options in WAYS.items() if cold and turn else ():
-                require_cold(_file(saved, options))
-                outcome, read, _ = _task(saved, options, size.memory)
+            for way, (file, options) in WAYS.items() if cold and turn else ():
+                require_cold(getattr(saved, file))
+                outcome, read, _ = _task(saved, file, options, size.memory)
                 found.add(f"{task}, cold file", way, "s", outcome.seconds)
                 found.add(f"{task}, cold file: read from the disk", way, "MiB", read / MIB)
             if turn and "stride" not in append:
                 _limits(found, task, saved.raw, size.region, cold)
 
 
-def _task(saved: Checkpoint, options: RestoreOptions | None, memory: int) -> tuple[Task, int, int]:
+def _task(saved: Checkpoint, which: str, options: RestoreOptions, memory: int) -> tuple[Task, int, int]:
     """(the task, bytes of the file in the page cache at its end, KVM's 2 MiB mappings)."""
     warm_host(memory)
-    file = _file(saved, options)
-    vm, task = run_task(lambda: restore_mapped(saved) if options is None else VM.restore(file, **options))
+    file: str = getattr(saved, which)
+    vm, task = run_task(lambda: restore_mapped(saved) if which == "raw" else VM.restore(file, **options))
     with vm:
         read = resident(file)
         return task, read, large_at_last(vm)
-
-
-def _file(saved: Checkpoint, options: RestoreOptions | None) -> str:
-    if options is None:
-        return saved.raw
-    return saved.packed if options.get("prefetch") or options.get("populate") else saved.path
 
 
 def _limits(found: Collected, task: str, file: str, size: int, cold: bool) -> None:
