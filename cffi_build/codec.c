@@ -38,7 +38,7 @@ static pthread_once_t opened = PTHREAD_ONCE_INIT;
 /* What a thread keeps from one call to the next: to make a context anew costs more than to decompress a small block. */
 struct kept {
     void *compressor, *decompressor;
-    uint8_t stored[PV_STORE_MAX + 8], pages[PV_STORE_MAX];
+    uint8_t stored[PV_STORE_MAX + 8], pages[PV_KEPT][PV_STORE_MAX];
 };
 static pthread_key_t kept_key;
 static bool kept_works;
@@ -96,10 +96,10 @@ static struct kept *kept_get(void)
     return kept;
 }
 
-uint8_t *pv_kept_pages(void)
+uint8_t *pv_kept_pages(uint32_t use)
 {
     struct kept *kept = kept_get();
-    return kept ? kept->pages : NULL;
+    return kept && use < PV_KEPT ? kept->pages[use] : NULL;
 }
 
 static bool size_ok(uint32_t size) { return size && size <= PV_STORE_MAX; }

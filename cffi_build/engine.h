@@ -119,7 +119,7 @@ struct pv_home {
     uint32_t (*find)(void *self, uint64_t page, uint32_t count, uint64_t *words);
     /* Which pages come together with one whose word is `word`; none where that cannot be said. NULL: each for itself. */
     int (*gather)(void *self, uint64_t page, uint64_t word, struct pv_unit *unit);
-    /* The bytes of all these pages; they stay until the thread's next call. */
+    /* The bytes of all these pages; they stay until the thread's next read(), whatever it fetches meanwhile. */
     int (*read)(void *self, const struct pv_unit *unit, const uint8_t **bytes);
     void *self;
 };

@@ -86,7 +86,7 @@ int pv_file_read(void *self, const struct pv_unit *unit, const uint8_t **bytes)
     struct pv_file_home *home = self;
     uint64_t locator = locator_of(unit->words[0]), pages[PV_STORE_SLOTS];
     struct pv_stored row;
-    uint8_t *room = pv_kept_pages();
+    uint8_t *room = pv_kept_pages(PV_KEPT_UNIT);
     if (!room)
         return -ENOMEM;
     int error = pv_snapshot_read(home->file[up_of(locator)], block_of(locator), &row, pages, room);
@@ -141,7 +141,7 @@ static int fetch_some(struct pv_file_home *home, uint64_t page, uint32_t count, 
         error = pv_block_read(file->fd, row.offset, row.length, row.checksum, row.codec, row.slots * PV_PAGE, to);
         return error ? error : row.slots;
     }
-    uint8_t *room = pv_kept_pages();
+    uint8_t *room = pv_kept_pages(PV_KEPT_FETCH);
     if (!room)
         return -ENOMEM;
     error = pv_block_read(file->fd, row.offset, row.length, row.checksum, row.codec, row.slots * PV_PAGE, room);

@@ -60,8 +60,12 @@ int pv_block_read(int fd, uint64_t offset, uint32_t stored_length, uint64_t chec
 
 /* Reads all of it. 0, -ENODATA where the file ends before, or an errno of pread. */
 int pv_read_whole(int fd, uint8_t *to, uint64_t size, uint64_t offset) PV_CHECKED;
-/* Room for the pages of a storage block, this thread's own; NULL where there is no memory. */
-uint8_t *pv_kept_pages(void);
+/* Room for the pages of a storage block, this thread's own, for each use; NULL where there is no memory. A unit that has
+ * been read stays while pages are fetched: who installs it locks blocks, and that may make a live save fetch some. */
+#define PV_KEPT_UNIT 0
+#define PV_KEPT_FETCH 1
+#define PV_KEPT 2
+uint8_t *pv_kept_pages(uint32_t use);
 
 /* ---- pack.c: writing ---- */
 

@@ -8,11 +8,12 @@ import threading
 import pytest
 
 from pyvmm import VM, BadInput, Snapshot
-from pyvmm._native import lib
+from pyvmm._native import ffi, lib
 from pyvmm.errors import FetchError
 from pyvmm.layout import BLOCK_SIZE, MIB, PAGE_SIZE
 from pyvmm.memory.engine import UNITS
 from pyvmm.pytest_plugin import needs
+from pyvmm.snapshot.lazy import FileHome
 from pyvmm.snapshot.writer import Writer
 from pyvmm.testing.verify_model import check_memory, ram_hash
 
@@ -328,6 +329,27 @@ def flip(path, at):
         byte = file.read(1)
         file.seek(at)
         file.write(bytes([byte[0] ^ 1]))
+
+
+def test_a_unit_that_was_read_stays_while_pages_are_fetched(files):
+    """Who installs it locks other blocks, for which a live save may fetch their pages first: with this very thread."""
+    with VM("32M") as vm, Snapshot.open(str(files["folder"] / "shuffled")) as snapshot:
+        home = FileHome(Snapshot.open(snapshot.path), vm.memory)
+        vm.memory.keep(home.close)
+        words = vm.memory.engine.page_words
+        stored = [page for page in range(BLOCK_PAGES, 8 * BLOCK_PAGES) if words[page] & 15 == lib.PV_HOME_FILE]
+        unit, bytes_, word = ffi.new("struct pv_unit *"), ffi.new("uint8_t **"), ffi.new("uint64_t *")
+        room = ffi.new("uint8_t[]", PAGE_SIZE)
+        native = home.struct.self
+        assert lib.pv_file_gather(native, stored[0], int(words[stored[0]]), unit) == 0
+        assert lib.pv_file_read(native, unit, bytes_) == 0
+        for page in stored[1:40]:
+            word[0] = int(words[page])
+            assert lib.pv_file_fetch(native, page, 1, word, room) == 0
+            assert bytes(ffi.buffer(room)) == snapshot.read_page(page)
+        for slot in range(unit.count):
+            found = ffi.buffer(bytes_[0] + slot * PAGE_SIZE, PAGE_SIZE)
+            assert found[:] == snapshot.read_page(unit.pages[slot])
 
 
 @pytest.mark.parametrize("order", ["address", "shuffled"])
