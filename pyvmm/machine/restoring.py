@@ -61,7 +61,7 @@ def restore(
     """A new VM from a file, not started.
 
     lazy: RAM is read when it is touched; else all of it now. With lazy: fill: the rest comes meanwhile, at most
-    fill_rate bytes a second of it; unit: how much a touch brings (pyvmm.memory.engine.UNITS); prefetch: the file's
+    fill_rate bytes a second of it; unit: how much a touch brings (pyvmm.memory.source.UNITS); prefetch: the file's
     working set comes ahead of the guest, in one pass; populate: before its first instruction; record: the order of
     first touches is kept for vm.restored.working_set() (then there is no fill).
     generation: tell the guest that it is another one now, and give it a new seed (pyvmm.machine.generation); else RAM

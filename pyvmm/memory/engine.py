@@ -20,8 +20,8 @@ from pyvmm.memory.uffd import open_uffd
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from typing import Literal, Protocol
+    from collections.abc import Callable, Iterator, Sequence
+    from typing import Literal, Never, Protocol
 
     import numpy as np
     from numpy.typing import NDArray
@@ -38,9 +38,6 @@ if TYPE_CHECKING:
 
 
 BLOCK_PAGES = BLOCK_SIZE // PAGE_SIZE
-UNITS = ("adaptive", "page", "block", "large")
-"""How much a touch brings of what a snapshot keeps in storage blocks: at first such a block, with a second touch of the
-same 2 MiB all of that as one large page; always 4 KiB; always a storage block; always 2 MiB. By number (PV_UNIT_*)."""
 _WHAT = {"aside": lib.PV_REMOVE_ASIDE, "zero": lib.PV_REMOVE_ZERO}
 
 
@@ -152,6 +149,11 @@ class Engine:
 
     # ---- pages ----
 
+    def fail(self, pages: Sequence[int], number: int) -> Never:
+        """Raises the FetchError of the first of these pages that is still away; number: a positive errno."""
+        away = next((page for page in pages if self._home_of(page)), pages[0])
+        raise self.fetch_error(away, self._home_of(away), number)
+
     def remove(self, page: int, count: int = 1, what: Literal["aside", "zero"] = "aside") -> int:
         """Takes pages out of the guest while it runs; a touch brings them back. Returns how many went.
 
@@ -172,31 +174,6 @@ class Engine:
         self._check_range(page, count)
         self._checked(self.call(lib.pv_engine_install, page, count), page, count)
 
-    def fill(self, page: int, count: int) -> None:
-        """The same, but faults that wait come between blocks; what cannot be brought is told as if it was touched."""
-        self.call(lib.pv_engine_fill, page, count)
-
-    @property
-    def touched(self) -> int:
-        """The block in which a page that was away was touched last."""
-        return self.call(lib.pv_engine_touched, equip=False)
-
-    def prefetch(self, pages: CData, count: int, wanted: CData) -> None:
-        """Brings pages (uint64_t[count]) in this order; wanted: a bit for each page that is still to be asked for.
-        Raises FetchError."""
-        result = self.call(lib.pv_engine_prefetch, pages, count, wanted)
-        if result < 0:
-            page = next((int(pages[i]) for i in range(count) if self._home_of(int(pages[i]))), int(pages[0]))
-            raise self.fetch_error(page, self._home_of(page), -result)
-
-    def record(self, pages: CData, room: int) -> None:
-        """Notes the numbers of pages as they come back, in `pages` (uint64_t[room]), which the caller keeps."""
-        self._tell(lib.pv_engine_record, pages, room)
-
-    def recorded(self) -> int:
-        """How many have been noted. The last ones may be written in a moment only."""
-        return self.call(lib.pv_engine_recorded, equip=False)
-
     def store(self, page: int, count: int, home: str) -> int:
         """Puts pages that are aside into another home. Returns how many; raises KernelError, those left still aside."""
         number = self._home_number(home)
@@ -215,26 +192,6 @@ class Engine:
             raise BadInput(f"pages {page} to {page + count - 1} are not all untouched: only such can get a home")
         check(result, "assign", page=page, pages=count, home=home)
 
-    def assign_all(self, home: str) -> None:
-        """Makes a home in C the source of all RAM, of which nothing may have been touched (BadInput): it is asked where
-        a page is when that is needed, so that this takes no time."""
-        result = self.call(lib.pv_engine_assign_all, self._home_number(home))
-        if result == -errno.EEXIST:
-            raise BadInput("RAM has been touched: a source of all of it comes first")
-        check(result, "assign_all", home=home)
-
-    def set_unit(self, unit: str) -> None:
-        """Says how much a touch brings: of UNITS."""
-        if unit not in UNITS:
-            raise BadInput(f"unit={unit!r}: choose one of {', '.join(UNITS)}")
-        self._tell(lib.pv_engine_unit, UNITS.index(unit))
-
-    def set_workers(self, workers: int) -> None:
-        """Says how many threads answer faults, before the first page goes away."""
-        if not 1 <= workers <= lib.PV_MAX_WORKERS:
-            raise BadInput(f"{workers} threads for faults: give 1 to {lib.PV_MAX_WORKERS}")
-        self._tell(lib.pv_engine_workers, workers)
-
     def set_home(self, name: str, home: Home) -> None:
         """Says what serves a home other than zero and aside. Not to be changed while pages are in it."""
         number = self._home_number(name)
@@ -249,9 +206,9 @@ class Engine:
         self._serve(number, home.struct)
 
     def _serve(self, number: int, struct: CData) -> None:
-        self._tell(lib.pv_engine_home, number, struct)
+        self.tell(lib.pv_engine_home, number, struct)
 
-    def _tell(self, function: Callable[..., None], *arguments: CData | int) -> None:
+    def tell(self, function: Callable[..., None], *arguments: CData | int) -> None:
         """Calls a function of C that returns nothing. Raises MemoryAccessError after close()."""
         handle = self._enter()
         try:
@@ -421,8 +378,7 @@ class Engine:
 
     def _checked(self, result: int, page: int, count: int) -> None:
         if result < 0:
-            away = next((p for p in range(page, page + count) if self._home_of(p)), page)
-            raise self.fetch_error(away, self._home_of(away), -result)
+            self.fail(range(page, page + max(count, 1)), -result)
 
     def _home_of(self, page: int) -> int:
         return int(lib.pv_engine_pages(self._native)[page]) & lib.PV_PAGE_HOME

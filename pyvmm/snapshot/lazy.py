@@ -13,6 +13,7 @@ from contextlib import suppress
 from pyvmm._native import ffi, lib
 from pyvmm.errors import BadInput, FetchError, MemoryAccessError
 from pyvmm.layout import BLOCK_SIZE, PAGE_SIZE, format_size
+from pyvmm.memory.source import Source
 from pyvmm.snapshot.format import MAX_WSET
 from pyvmm.snapshot.results import reason
 
@@ -36,7 +37,7 @@ _NONE_YET = (1 << 64) - 1
 class FileHome:
     """The pages of `snapshot`, and of what it builds on, that `memory` has not touched yet. Owns the snapshot.
 
-    memory: of the same size, and never touched; unit: how much a touch brings (pyvmm.memory.engine.UNITS).
+    memory: of the same size, and never touched; unit: how much a touch brings (pyvmm.memory.source.UNITS).
     Raises BadInput. A damaged file is found when what is damaged is needed: the VM is paused then.
     """
 
@@ -60,12 +61,11 @@ class FileHome:
             self._native.file[self._native.files] = each.native
             self._native.files += 1
             each = each.parent
-        memory.engine.set_unit(unit)
-        memory.engine.set_workers(workers)
-        memory.engine.set_native_home("file", self)
         try:
-            memory.engine.assign_all("file")
+            self._source = Source(memory.engine, "file", self, unit, workers)
         except BadInput:
+            if memory.untouched:
+                raise
             raise BadInput(f"{snapshot.name} is restored into fresh memory: this has been written to") from None
 
     # ---- what is known ----
@@ -104,7 +104,7 @@ class FileHome:
         for first in range(0, len(order), _STEP):
             if self._end.is_set():
                 return
-            self._memory.engine.prefetch(words + first, min(_STEP, len(order) - first), wanted)
+            self._source.prefetch(words + first, min(_STEP, len(order) - first), wanted)
 
     def _words(self, pages: Iterable[int]) -> tuple[array[int], CData]:
         order, count = array("Q", pages), self._memory.size // PAGE_SIZE
@@ -138,18 +138,18 @@ class FileHome:
 
     def _fill(self, rate: float | None) -> None:
         """Block by block, from where the guest touched last: what follows may be touched next."""
-        engine, pages, step = self._memory.engine, self._memory.size // PAGE_SIZE, BLOCK_SIZE // PAGE_SIZE
+        source, pages, step = self._source, self._memory.size // PAGE_SIZE, BLOCK_SIZE // PAGE_SIZE
         todo = bytearray(b"\1") * -(-pages // step)
-        begin, block, touched = time.monotonic(), 0, engine.touched
+        begin, block, touched = time.monotonic(), 0, source.touched
         for done in range(len(todo)):
             due = begin + done * BLOCK_SIZE / rate - time.monotonic() if rate else 0
             if self._end.wait(due) if due > 0 else self._end.is_set():
                 return
-            if (last := engine.touched) != touched:
+            if (last := source.touched) != touched:
                 block = touched = last
             block = next_block if (next_block := todo.find(1, block)) >= 0 else todo.find(1)
             todo[block] = 0
-            engine.fill(block * step, min(step, pages - block * step))
+            source.fill(block * step, min(step, pages - block * step))
 
     def wait(self) -> None:
         """Waits until all that was asked for ahead has come, also before the guest runs."""
@@ -162,14 +162,14 @@ class FileHome:
     def record(self) -> None:
         """From now on, keeps the order in which pages are touched first, for working_set()."""
         self._record = array("Q", (_NONE_YET,)) * min(self._memory.size // PAGE_SIZE, MAX_WSET)
-        self._memory.engine.record(ffi.from_buffer("uint64_t[]", self._record), len(self._record))
+        self._source.record(ffi.from_buffer("uint64_t[]", self._record), len(self._record))
 
     def working_set(self) -> list[int]:
         """Pages in the order of their first touch since record(), none twice. Raises BadInput without record()."""
         if self._record is None:
             raise BadInput("no touches have been recorded: restore with record=True")
         with suppress(MemoryAccessError):  # else what is there at the VM's end
-            self._recorded = self._memory.engine.recorded()
+            self._recorded = self._source.recorded()
         return [page for page in dict.fromkeys(self._record[: self._recorded]) if page != _NONE_YET]
 
     # ---- its end ----

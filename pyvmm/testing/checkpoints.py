@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from pyvmm._native import lib
 from pyvmm.layout import BLOCK_SIZE, PAGE_SIZE
 from pyvmm.machine import VM
-from pyvmm.memory.engine import UNITS
+from pyvmm.memory.source import UNITS
 from pyvmm.snapshot.format import CODECS
 from pyvmm.testing.operations import PATIENCE, Wrong, check_contents
 

@@ -11,7 +11,7 @@ from pyvmm import VM, BadInput, Snapshot
 from pyvmm._native import ffi, lib
 from pyvmm.errors import FetchError
 from pyvmm.layout import BLOCK_SIZE, MIB, PAGE_SIZE
-from pyvmm.memory.engine import UNITS
+from pyvmm.memory.source import UNITS
 from pyvmm.pytest_plugin import needs
 from pyvmm.snapshot.lazy import FileHome
 from pyvmm.snapshot.writer import Writer
