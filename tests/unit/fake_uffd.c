@@ -573,8 +573,10 @@ static void post(struct pv_engine *engine, uint64_t page, uint64_t flags)
         abort();
     while (faults(engine) == before)
         sched_yield();
-    block_lock(engine, page / PV_BLOCK_PAGES); /* acquire: all that the thread did under it is seen */
-    block_unlock(engine, page / PV_BLOCK_PAGES);
+    for (uint64_t block = 0; block < engine->blocks; block++) { /* acquire: all that the thread did under these is seen */
+        block_lock_plain(engine, block);
+        block_unlock(engine, block);
+    }
 }
 
 /* A fault whose range has been unregistered meanwhile: is its thread woken? */
