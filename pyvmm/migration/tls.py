@@ -93,8 +93,8 @@ def told(error: OSError, peer: str) -> MigrationError:
     """What an error of a TLS connection means, in one line."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return MigrationError(f"{peer}: its certificate is not believed: {error.verify_message}")
-    if isinstance(error, ssl.SSLError) and error.reason is not None:
-        reason = error.reason
+    reason = error.reason if isinstance(error, ssl.SSLError) else None
+    if reason is not None and "UNEXPECTED_EOF" not in reason:
         if reason == "PEER_DID_NOT_RETURN_A_CERTIFICATE":
             return MigrationError(f"{peer} showed no certificate: start it with --tls-cert and --tls-key")
         if "CERTIFICATE_REQUIRED" in reason:
@@ -104,6 +104,6 @@ def told(error: OSError, peer: str) -> MigrationError:
         if reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "UNSUPPORTED_PROTOCOL") or "RECORD_LAYER" in reason:
             return MigrationError(f"{peer} does not speak TLS 1.3: give --tls-cert, --tls-key and --tls-ca to both")
         return MigrationError(f"{peer}: TLS failed: {reason.replace('_', ' ').lower()}")
-    if isinstance(error, (ssl.SSLEOFError, ConnectionResetError, BrokenPipeError)):
+    if isinstance(error, (ssl.SSLError, ConnectionResetError, BrokenPipeError)):
         return PeerGone(f"{peer} broke the connection off")
     return PeerGone(f"{peer}: {error.strerror or error}")
