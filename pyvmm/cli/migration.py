@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 
-from pyvmm.errors import EXIT_BAD_INPUT
+from pyvmm.errors import EXIT_BAD_INPUT, BadInput
 from pyvmm.migration.capture import describe, entries
 
 TYPE_CHECKING = False
@@ -56,7 +56,7 @@ def _as_json(path: str) -> int:
     found = entries(path)
     first = next(found, None)  # a file that is no capture leaves nothing behind on the output
     print(f'{{"schema": {_SCHEMA}, "file": {json.dumps(path)}, "frames": [', end="")
-    entry, comma = first, ""
+    entry, comma, error = first, "", None
     while entry is not None:
         damaged += entry.frame is None
         row: dict[str, object] = {
@@ -70,6 +70,12 @@ def _as_json(path: str) -> int:
         else:
             row.update(type=entry.frame.name(), fields=describe(entry.frame))
         print(comma + "\n" + json.dumps(row), end="")
-        entry, comma = next(found, None), ","
-    print(f'\n], "damaged": {damaged}}}')
+        comma = ","
+        try:
+            entry = next(found, None)
+        except BadInput as damage:  # what was read so far is whole JSON
+            entry, error = None, damage
+    print(f'\n], "damaged": {damaged}, "error": {json.dumps(error and str(error))}}}')
+    if error is not None:
+        raise error
     return EXIT_BAD_INPUT if damaged else 0
