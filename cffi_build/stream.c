@@ -4,6 +4,7 @@
 #include "zero.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <limits.h>
 #include <poll.h>
 #include <string.h>
@@ -26,6 +27,19 @@ static int64_t now(void)
     return (int64_t)time.tv_sec * 1000000000 + time.tv_nsec;
 }
 
+int pv_stream_wait(struct pv_stream *stream)
+{
+    int64_t limit = stream->timeout_ns < 0 ? 0 : stream->timeout_ns < 1000 ? 1000 : stream->timeout_ns; /* 0: for ever */
+    struct timeval time = {.tv_sec = limit / 1000000000, .tv_usec = limit % 1000000000 / 1000};
+    int flags = fcntl(stream->fd, F_GETFL);
+    if (flags < 0 || setsockopt(stream->fd, SOL_SOCKET, SO_SNDTIMEO, &time, sizeof(time)) ||
+        setsockopt(stream->fd, SOL_SOCKET, SO_RCVTIMEO, &time, sizeof(time)) ||
+        fcntl(stream->fd, F_SETFL, flags & ~O_NONBLOCK))
+        return -errno;
+    stream->waits = 1;
+    return 0;
+}
+
 /* Until the descriptor is ready, or nothing has moved since `since` for as long as the stream says. */
 static int wait_for(const struct pv_stream *stream, short events, int64_t since)
 {
@@ -42,6 +56,18 @@ static int wait_for(const struct pv_stream *stream, short events, int64_t since)
             return -errno;
     }
 }
+
+/* What becomes of a call that moved nothing since `since`: 0, it is to be made again. */
+static int after(const struct pv_stream *stream, short events, int64_t since)
+{
+    if (errno == EINTR) /* of many signals none may put the end off */
+        return stream->timeout_ns >= 0 && now() - since >= stream->timeout_ns ? -ETIMEDOUT : 0;
+    if (errno != EAGAIN && errno != EWOULDBLOCK)
+        return -errno;
+    return stream->waits ? -ETIMEDOUT : wait_for(stream, events, since);
+}
+
+static int call_flags(const struct pv_stream *stream) { return stream->waits ? 0 : MSG_DONTWAIT; }
 
 static void note(struct pv_stream *stream, const struct pv_run_frame *frame)
 {
@@ -82,13 +108,9 @@ static int send_pieces(struct pv_stream *stream, struct iovec *piece, size_t pie
     int64_t since = now();
     while (pieces) {
         struct msghdr message = {.msg_iov = piece, .msg_iovlen = pieces};
-        ssize_t sent = sendmsg(stream->fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT);
+        ssize_t sent = sendmsg(stream->fd, &message, MSG_NOSIGNAL | call_flags(stream));
         if (sent < 0) {
-            if (errno == EINTR)
-                continue;
-            if (errno != EAGAIN && errno != EWOULDBLOCK)
-                return -errno;
-            int error = wait_for(stream, POLLOUT, since);
+            int error = after(stream, POLLOUT, since);
             if (error)
                 return error;
             continue;
@@ -234,15 +256,11 @@ static int receive(struct pv_stream *stream, uint8_t *to, size_t size, bool begu
         struct iovec piece[2] = {{.iov_base = to + got, .iov_len = size - got},
                                  {.iov_base = stream->ahead, .iov_len = sizeof(stream->ahead)}};
         struct msghdr message = {.msg_iov = piece, .msg_iovlen = 2};
-        ssize_t came = recvmsg(stream->fd, &message, MSG_DONTWAIT);
+        ssize_t came = recvmsg(stream->fd, &message, call_flags(stream));
         if (came == 0)
             return got || begun ? -ECONNRESET : -EPIPE;
         if (came < 0) {
-            if (errno == EINTR)
-                continue;
-            if (errno != EAGAIN && errno != EWOULDBLOCK)
-                return -errno;
-            int error = wait_for(stream, POLLIN, since);
+            int error = after(stream, POLLIN, since);
             if (error)
                 return error;
             continue;

@@ -7,7 +7,7 @@ import errno
 import os
 
 from pyvmm._native import ffi, lib
-from pyvmm.errors import MigrationError, PeerGone, ProtocolError
+from pyvmm.errors import MigrationError, PeerGone, ProtocolError, check
 from pyvmm.layout import BLOCK_SIZE, PAGE_SIZE
 from pyvmm.migration.connection import SILENCE
 from pyvmm.migration.frames import BY_TYPE
@@ -74,6 +74,7 @@ class PageChannel:
         self.stream.sending, self.stream.receiving = connection.sequences
         self.stream.fd = connection.plain().fileno()
         self.stream.timeout_ns = int(timeout * 1e9)
+        check(lib.pv_stream_wait(self.stream), "setsockopt", fd=self.stream.fd)
         if connection.recorder is not None:
             self._notes = ffi.new("struct pv_noted[]", _NOTES)
             self.stream.notes, self.stream.notes_room = self._notes, _NOTES

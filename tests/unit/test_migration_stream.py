@@ -52,9 +52,11 @@ class Ram:
         self.raw[self.GUARD + page * PAGE : self.GUARD + page * PAGE + len(data)] = data
 
 
-def stream_of(sock, timeout=5.0):
+def stream_of(sock, timeout=5.0, waits=False):
     stream = ffi.new("struct pv_stream *")
     stream.fd, stream.timeout_ns = sock.fileno(), int(timeout * SECOND)
+    if waits:
+        assert lib.pv_stream_wait(stream) == 0
     return stream
 
 
@@ -89,12 +91,12 @@ def some_ram(seed, zeros=0.3, pages=PAGES):
     return ram
 
 
-def move(source, target, runs, zeros=True, blocking=False, room=None, arrivals=None, limit=1 << 20):
+def move(source, target, runs, zeros=True, blocking=False, room=None, arrivals=None, limit=1 << 20, waits=False):
     """Sends runs as round 1: the streams of both ends."""
     arrivals = arrivals or Arrivals(PAGES)
     arrivals.begin(1)
     with pair(blocking, room) as (out, into):
-        sending, receiving = stream_of(out), stream_of(into)
+        sending, receiving = stream_of(out, waits=waits), stream_of(into, waits=waits)
         end = ffi.new("struct pv_run_frame *")
 
         def receive():
@@ -118,13 +120,19 @@ def disjoint_runs(draw):
     return [(a, b - a) for a, b in zip(ends[::2], ends[1::2], strict=False)]
 
 
-@given(disjoint_runs(), st.integers(0, 3), st.booleans(), st.booleans(), st.sampled_from([None, 4608, 100_000]))
+@given(
+    disjoint_runs(),
+    st.integers(0, 3),
+    st.booleans(),
+    st.sampled_from(["", "blocks", "waits"]),
+    st.sampled_from([None, 4608, 100_000]),
+)
 @settings(max_examples=25, deadline=None)
-def test_what_is_sent_arrives_and_nothing_else(runs, seed, zeros, blocking, room):
+def test_what_is_sent_arrives_and_nothing_else(runs, seed, zeros, how, room):
     source, target = some_ram(seed), Ram(fill=0x77)  # not changed here: one for each seed
     arrivals = Arrivals(PAGES)
     before = target.bytes
-    sending, receiving = move(source, target, runs, zeros, blocking, room, arrivals, limit=100)
+    sending, receiving = move(source, target, runs, zeros, how == "blocks", room, arrivals, 100, how == "waits")
     expected = bytearray(before)
     for first, count in runs:
         expected[first * PAGE : (first + count) * PAGE] = source.part(first, count)
@@ -339,13 +347,13 @@ def test_a_limit_of_pages():
 # ---- connections that fail ----
 
 
-@pytest.mark.parametrize("blocking", [False, True])
-def test_who_stalls_is_not_waited_for(blocking):
+@pytest.mark.parametrize(("blocking", "waits"), [(False, False), (True, False), (False, True)])
+def test_who_stalls_is_not_waited_for(blocking, waits):
     ram = Ram(fill=1)
     table, count = runs_of((0, PAGES))
     with pair(blocking) as (out, into):
-        assert lib.pv_send_runs(stream_of(out, 0.03), ram.at, PAGES, table, count, 1, True) == -errno.ETIMEDOUT
-        stream = stream_of(out, 0.03)
+        assert lib.pv_send_runs(stream_of(out, 0.03, waits), ram.at, PAGES, table, count, 1, True) == -errno.ETIMEDOUT
+        stream = stream_of(out, 0.03, waits)
         assert lib.pv_recv_frame(stream, PAGES, ALL, ffi.new("struct pv_run_frame *")) == -errno.ETIMEDOUT
         assert lib.pv_recv_run(stream, ram.at, PAGES, 0, 1) == -errno.ETIMEDOUT
         into.send(b"x" * 100)
@@ -376,13 +384,23 @@ def test_who_goes_while_a_page_is_on_its_way():
     assert results[0] in (-errno.EPIPE, -errno.ECONNRESET)
 
 
-def test_another_thread_ends_a_call():
+@pytest.mark.parametrize("waits", [False, True])
+def test_another_thread_ends_a_call(waits):
+    table, count = runs_of((0, PAGES))
+    with pair() as (out, into):  # one who sends
+        stream, ram = stream_of(out, -1e-9, waits), Ram(1)
+        thread, results = in_thread(lambda: lib.pv_send_runs(stream, ram.at, PAGES, table, count, 1, False))
+        into.setblocking(True)
+        into.recv(1)
+        out.shutdown(socket.SHUT_RDWR)
+        thread.join()
+        assert results == [-errno.EPIPE]
     with pair() as (out, into):
         waiting = threading.Event()
 
         def receive():
             waiting.set()
-            return lib.pv_recv_frame(stream_of(into, -1e-9), PAGES, ALL, ffi.new("struct pv_run_frame *"))
+            return lib.pv_recv_frame(stream_of(into, -1e-9, waits), PAGES, ALL, ffi.new("struct pv_run_frame *"))
 
         thread, results = in_thread(receive)
         waiting.wait()
@@ -405,19 +423,32 @@ def test_what_is_no_socket():
         os.close(write)
 
 
-def test_signals_do_not_disturb():
+@pytest.mark.parametrize("waits", [False, True])
+def test_signals_do_not_disturb(waits):
     """EINTR, many times, in poll and in the calls themselves; a handler that Python runs later."""
     source, target, caught = some_ram(1), Ram(), []
     before = signal.signal(signal.SIGALRM, lambda *_: caught.append(1))
     signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
     try:
-        for _ in range(20):
-            move(source, target, [(0, PAGES)], room=4608)
+        for _ in range(10):
+            move(source, target, [(0, PAGES)], room=4608, waits=waits)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     assert target.bytes == source.bytes
     assert caught
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_signals_do_not_put_the_end_off(waits):
+    before = signal.signal(signal.SIGALRM, lambda *_: None)
+    signal.setitimer(signal.ITIMER_REAL, 0.002, 0.002)
+    try:
+        with pair() as (out, _into):
+            assert lib.pv_recv_run(stream_of(out, 0.03, waits), Ram().at, PAGES, 0, 1) == -errno.ETIMEDOUT
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 # ---- notes, and the classes around it ----
