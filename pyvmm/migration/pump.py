@@ -8,9 +8,12 @@ import select
 import socket
 import ssl
 import threading
+import time
 from contextlib import suppress
 
 PIECE = 256 << 10
+LINGER = 5.0
+"""Seconds in which a side that stalls is still given what was sent before we closed."""
 
 
 def start(secure: ssl.SSLSocket) -> socket.socket:
@@ -36,14 +39,23 @@ class _Way:
 
 def _pump(secure: ssl.SSLSocket, plain: socket.socket) -> None:
     inward, outward = _Way(), _Way()
+    closed: float | None = None
+    """When our end was found closed with something still to be sent."""
     with secure, plain, suppress(OSError):  # each end sees that the other one has gone
         while True:
             moved = _move(inward, secure, plain)
             moved |= _move(outward, plain, secure)
             if (inward.ended and not inward.held) or (outward.ended and not outward.held):
                 break
-            if not moved:
-                _wait(secure, plain, inward, outward)
+            if moved:
+                continue
+            if closed is None:
+                if _wait(secure, plain, inward, outward):
+                    closed = time.monotonic()
+            elif time.monotonic() - closed > LINGER:
+                break
+            else:
+                _wait_for(secure, outward.wants, LINGER)
         with suppress(OSError):
             plain.shutdown(socket.SHUT_WR)
         with suppress(OSError, ValueError):
@@ -74,11 +86,19 @@ def _move(way: _Way, source: socket.socket, target: socket.socket) -> bool:
     return moved
 
 
-def _wait(secure: ssl.SSLSocket, plain: socket.socket, inward: _Way, outward: _Way) -> None:
+def _wait(secure: ssl.SSLSocket, plain: socket.socket, inward: _Way, outward: _Way) -> bool:
+    """Has our end been closed, with something left to be sent?"""
     on_secure = inward.wants | outward.wants
     on_plain = (0 if outward.held else select.POLLIN) | (select.POLLOUT if inward.held else 0)
     poll = select.poll()
-    for sock, events in ((secure, on_secure), (plain, on_plain)):
-        if events:  # else a hang-up that is of no use yet would be told again and again
-            poll.register(sock, events)
-    poll.poll()
+    if on_secure:  # else a hang-up that is of no use yet would be told again and again
+        poll.register(secure, on_secure)
+    poll.register(plain, on_plain)
+    hung_up = any(fd == plain.fileno() and events & select.POLLHUP for fd, events in poll.poll())
+    return hung_up and bool(outward.held)
+
+
+def _wait_for(sock: socket.socket, events: int, seconds: float) -> None:
+    poll = select.poll()
+    poll.register(sock, events)
+    poll.poll(seconds * 1000)

@@ -208,7 +208,7 @@ def test_runs_outside_memory_are_not_sent(runs):
 def received(raw, types=ALL, sequence=0, pages=PAGES):
     with pair() as (out, into):
         out.sendall(raw)
-        stream = stream_of(into, 0.02)
+        stream = stream_of(into, 0.002)  # all that will come is there
         stream.receiving = sequence
         frame = ffi.new("struct pv_run_frame *")
         return lib.pv_recv_frame(stream, pages, types, frame), stream.fault

@@ -15,6 +15,7 @@ import pytest
 
 from pyvmm._native import ffi
 from pyvmm.errors import BadInput, HostError, MigrationError, PeerGone, ProtocolError
+from pyvmm.migration import pump
 from pyvmm.migration.address import parse_address
 from pyvmm.migration.connection import Connection
 from pyvmm.migration.frames import Cancel, Ping, Pong, States, encode
@@ -218,6 +219,21 @@ def refused(out):
     with pytest.raises(MigrationError) as error:
         out.recv(2)
     return str(error.value)
+
+
+def test_a_stalled_side_holds_nobody_up(tls, monkeypatch):
+    monkeypatch.setattr(pump, "LINGER", 0.05)
+    ram = bytearray(os.urandom(8) * 512 * 512)
+    with both(at("tcp:0"), tls("source"), tls("destination")) as (out, into):
+        before = set(threading.enumerate())
+        channel = PageChannel(out, ffi.from_buffer("uint8_t[]", ram), 512, timeout=0.05)
+        (thread,) = set(threading.enumerate()) - before
+        with pytest.raises(PeerGone, match="stalled"):
+            channel.send([(0, 512)] * 300, 1)
+        channel.close()
+        thread.join(10)
+        assert not thread.is_alive()
+        assert into.fileno() >= 0
 
 
 def test_who_is_not_believed(tls):
