@@ -19,6 +19,7 @@ SOURCES = (
     "engine.c", "pagemap.c", "uffd.c", "fault.c", "install.c", "remove.c", "blocks.c", "unit.c", "coarse.c",
     "live.c", "live_block.c", "live_drain.c", "filehome.c",
     "checksum.c", "codec.c", "pack.c", "unpack.c", "load.c",
+    "stream.c",
 )  # fmt: skip
 FLAGS = ("-std=gnu11", "-O2", "-g", "-fvisibility=hidden")
 STRICT = ("-Wall", "-Wextra", "-Werror", "-Wshadow", "-Wstrict-prototypes", "-Wvla", "-Wundef")

@@ -208,3 +208,7 @@ int pv_resident(int fd, size_t size, uint64_t *pages) PV_CHECKED;
 /* ---- snapshot.h: pages in a file ---- */
 
 #include "snapshot.h"
+
+/* ---- stream.h: pages over a connection ---- */
+
+#include "stream.h"

@@ -66,6 +66,18 @@ class FetchError(HostError):
         super().__init__(text)
 
 
+class MigrationError(PyvmmError):
+    """A migration that did not come about: the peer is gone, stalled, refused it, or is none."""
+
+
+class PeerGone(MigrationError):
+    """A connection of a migration that is broken: closed, reset, or nothing has moved on it for too long."""
+
+
+class ProtocolError(MigrationError):
+    """What came from the other side breaks a rule of docs/migration-protocol.md."""
+
+
 class KernelError(PyvmmError, OSError):
     """A system call or ioctl that failed: names it, its arguments and the errno.
 

@@ -168,6 +168,14 @@ COMMANDS = (
         Option("--flat", "pack: with all that it builds on, in one file", bool),
     ),
     Command(
+        "migration",
+        "show what was recorded of a migration",
+        "migration",
+        Option("action", "dissect: each frame with its fields", choices=("dissect",)),
+        Option("file", "a capture", metavar="CAPTURE"),
+        Option("--json", "one JSON object instead of text", bool),
+    ),
+    Command(
         "guests",
         "list the guests that pyvmm brings",
         "guests",

@@ -67,7 +67,7 @@ def test_a_plain_line_needs_no_argparse(argv):
 @pytest.mark.parametrize(
     ("argv", "named"),
     [
-        ([], "give a command: run, restore, pages, snapshot, guests, dirty, bench, torture, doctor"),
+        ([], "give a command: run, restore, pages, snapshot, migration, guests, dirty, bench, torture, doctor"),
         (["fly"], "'fly'"),
         (["run"], "GUEST|FILE"),
         (["run", "hello", "--cpus", "two"], "'two'"),
@@ -76,6 +76,7 @@ def test_a_plain_line_needs_no_argparse(argv):
         (["snapshot"], "FILE"),
         (["snapshot", "list", "a.snap"], "'list'"),
         (["snapshot", "check"], "FILE"),
+        (["migration", "dissect"], "CAPTURE"),
         (["run", "hello", "--mem"], "--mem"),
     ],
 )

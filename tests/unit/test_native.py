@@ -1,5 +1,5 @@
-# test_native.py: the C functions are declared three times (native.h, engine.h, snapshot.h; native.cdef; _native.pyi):
-# alike, or this fails.
+# test_native.py: the C functions are declared three times (native.h, engine.h, snapshot.h, stream.h; native.cdef;
+# _native.pyi): alike, or this fails.
 from __future__ import annotations
 
 import ast
@@ -34,7 +34,7 @@ def stub():
 
 
 HEADER, CDEF, STUB = (
-    functions("native.h") | functions("engine.h") | functions("snapshot.h"),
+    functions("native.h") | functions("engine.h") | functions("snapshot.h") | functions("stream.h"),
     functions("native.cdef"),
     stub(),
 )

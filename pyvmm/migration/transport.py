@@ -1,0 +1,210 @@
+# transport.py: connections of a migration made: who listens, who connects. Seconds.
+"""`listen()` and `connect()`."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import select
+import socket
+import stat
+import tempfile
+import time
+from contextlib import suppress
+
+from pyvmm.errors import BadInput, HostError, MigrationError, PeerGone
+from pyvmm.migration.address import Address
+from pyvmm.migration.connection import Connection
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from pyvmm.migration.tls import Tls
+
+HANDSHAKE = 10.0
+"""For connecting, and for TLS, each."""
+_BACKLOG = 16
+
+
+class Listener:
+    """Where a destination waits for its source. `address`: with the port that was chosen. Closing it removes the
+    socket's file, if it is still its own."""
+
+    def __init__(self, sock: socket.socket, address: Address, tls: Tls | None) -> None:
+        self._socket = sock
+        self._tls = tls
+        self.address = address
+        self._inode = os.stat(address.path).st_ino if address.kind != "tcp" else 0
+        sock.setblocking(False)
+
+    def __enter__(self) -> Listener:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def fileno(self) -> int:
+        """The descriptor, to poll."""
+        return self._socket.fileno()
+
+    def close(self) -> None:
+        """Nobody can connect any more; twice is once."""
+        if self._socket.fileno() >= 0 and self.address.kind != "tcp":
+            with suppress(OSError), _Locked(self.address.path):
+                if os.stat(self.address.path).st_ino == self._inode:
+                    os.unlink(self.address.path)
+        self._socket.close()
+
+    def accept(self, timeout: float, handshake: float = HANDSHAKE) -> Connection | None:
+        """The next one who connects, or None in time. Raises MigrationError for one who fails at TLS: others may
+        come."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        if not poll.poll(max(0.0, timeout) * 1000):
+            return None
+        try:
+            sock, peer = self._socket.accept()
+        except (BlockingIOError, ConnectionAbortedError):  # gone again
+            return None
+        except OSError as error:
+            raise HostError(f"{self.address}: cannot accept a connection: {error.strerror}") from None
+        name = "the source"
+        if self.address.kind == "tcp":
+            name += f" at {peer[0]}:{peer[1]}"
+            _tune(sock)
+        if self._tls is not None:
+            sock = self._tls.wrap(sock, name, None, handshake)
+        return Connection(sock, name)
+
+
+def listen(address: Address, tls: Tls | None = None) -> Listener:
+    """Listens there. A socket's file of a process that has gone is replaced; it is never one that somebody listens on.
+    Raises BadInput, HostError."""
+    if address.kind == "tcp":
+        return _listen_tcp(address, tls)
+    _no_tls(address, tls)
+    try:
+        with _Locked(address.path):
+            _check_stale(address)
+            return _listen_path(address)
+    except OSError as error:
+        raise HostError(f"{address}: cannot listen there: {error.strerror or error}") from None
+
+
+def _no_tls(address: Address, tls: Tls | None) -> None:
+    if tls is not None:
+        raise BadInput(f"{address}: TLS is for tcp: nobody but this user gets at a socket with a path")
+
+
+def _listen_tcp(address: Address, tls: Tls | None) -> Listener:
+    try:
+        family, kind, protocol, _, place = socket.getaddrinfo(
+            address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        sock = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise HostError(f"{address}: {error.strerror or error}") from None
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(place)
+        sock.listen(_BACKLOG)
+        return Listener(sock, Address("tcp", address.host, sock.getsockname()[1]), tls)
+    except OSError as error:
+        sock.close()
+        raise HostError(f"{address}: cannot listen there: {error.strerror or error}") from None
+
+
+class _Locked:
+    """The folder of a socket's file is locked against other listeners of ours, as long as this is entered."""
+
+    def __init__(self, path: str) -> None:
+        self._folder = os.path.dirname(os.path.abspath(path))
+        self._fd = -1
+
+    def __enter__(self) -> None:
+        self._fd = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fcntl.flock(self._fd, fcntl.LOCK_EX)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._fd)
+
+
+def _check_stale(address: Address) -> None:
+    """Raises BadInput unless nothing is there, or a socket that nobody listens on."""
+    try:
+        mode = os.lstat(address.path).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise BadInput(f"{address}: something that is no socket is there")
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)  # a full backlog is somebody too
+        try:
+            probe.connect(address.path)
+        except ConnectionRefusedError:
+            return
+        except OSError:
+            pass
+    raise BadInput(f"{address}: somebody listens there already")
+
+
+def _listen_path(address: Address) -> Listener:
+    """Made in a folder that nobody else may enter: it is never there with another mode, or without a listener."""
+    with tempfile.TemporaryDirectory(prefix=".pv", dir=os.path.dirname(os.path.abspath(address.path))) as folder:
+        descriptor = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        sock = socket.socket(socket.AF_UNIX)
+        try:
+            sock.bind(f"/proc/self/fd/{descriptor}/s")  # however long the folder's path is
+            made = os.path.join(folder, "s")
+            os.chmod(made, 0o600)
+            sock.listen(_BACKLOG)
+            os.rename(made, address.path)
+            return Listener(sock, address, None)
+        except BaseException:
+            sock.close()
+            raise
+        finally:
+            os.close(descriptor)
+
+
+def connect(address: Address, tls: Tls | None = None, timeout: float = HANDSHAKE) -> Connection:
+    """Connects. Raises MigrationError where nobody is there, or TLS fails; PeerGone where it takes too long."""
+    deadline = time.monotonic() + timeout
+    name = f"the destination at {address}"
+    if address.kind != "tcp":
+        _no_tls(address, tls)
+    try:
+        if address.kind == "tcp":
+            sock = socket.create_connection((address.host, address.port), timeout)
+            _tune(sock)
+        else:
+            sock = socket.socket(socket.AF_UNIX)
+            try:
+                sock.settimeout(timeout)
+                sock.connect(address.path)
+            except BaseException:
+                sock.close()
+                raise
+    except TimeoutError:
+        raise PeerGone(f"{name} does not answer") from None
+    except OSError as error:
+        if error.errno in (errno.ECONNREFUSED, errno.ENOENT):
+            raise MigrationError(
+                f"nobody listens at {address}: start 'pyvmm receive --listen {address}' first"
+            ) from None
+        raise MigrationError(f"{name} cannot be reached: {error.strerror or error}") from None
+    if tls is not None:
+        sock = tls.wrap(sock, name, address.host, max(0.0, deadline - time.monotonic()))
+    return Connection(sock, name)
+
+
+def _tune(sock: socket.socket) -> None:
+    """Frames go at once, and a host that vanished is noticed some day even where nobody sends."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
