@@ -61,3 +61,19 @@ def nothing_is_left(request):
     while (left := held() - before) and time.monotonic() < end:
         time.sleep(0.005)
     assert not left, f"left behind: {', '.join(left.elements())}"
+
+
+@pytest.fixture
+def restored():
+    """Makes VMs from snapshot files, with RAM exactly as it was saved; they are closed at the end."""
+    from pyvmm import VM
+
+    made = []
+
+    def make(path, **options):
+        made.append(VM.restore(str(path), generation=False, **options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import pyvmm as package
-from pyvmm import VM, BadInput, Gpa, HostError, Snapshot
+from pyvmm import BadInput, Gpa, HostError, Snapshot
 from pyvmm.errors import LifecycleError, MemoryAccessError
 from pyvmm.layout import MIB
 from pyvmm.pytest_plugin import needs
@@ -23,19 +23,6 @@ HIGH = 5 * MIB
 """What `verify` has written, and finds wrong if it is changed."""
 LOW = 0x1C0000
 """Behind the guest's image, before its region: nobody's."""
-
-
-@pytest.fixture
-def restored():
-    made = []
-
-    def make(path, **options):
-        made.append(VM.restore(str(path), generation=False, **options))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
 
 
 def run_on(vm, seconds=0.01):

@@ -27,19 +27,6 @@ from pyvmm.testing.balance import imbalances
 pytestmark = needs("kvm", "uffd_guest", "uffd_wp")
 
 
-@pytest.fixture
-def restored():
-    made = []
-
-    def make(path, **options):
-        made.append(VM.restore(str(path), generation=False, **options))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
-
-
 def ram(memory):
     """All RAM, without touching what holds nothing."""
     holds = memory.engine.holds()
