@@ -146,6 +146,10 @@ uint64_t pv_bits_count_runs(const uint64_t *bits, uint64_t pages);
 /* Writes the runs from page *next on, at most `room` of them, and returns how many; *next is then where to go on, and
  * no less than `pages` at the end. */
 uint64_t pv_bits_runs(const uint64_t *bits, uint64_t pages, uint64_t *next, struct pv_run_pages *runs, uint64_t room);
+/* The next *limit pages of these runs, from page *done of run *run on, as at most `room` runs; these say where to go on,
+ * and how many pages are missing. Returns how many runs. */
+uint32_t pv_runs_cut(const struct pv_run_pages *runs, uint64_t count, uint64_t *run, uint64_t *done, uint64_t *limit,
+                     struct pv_run_pages *out, uint32_t room);
 
 /* ---- ring.c: dirty rings ---- */
 

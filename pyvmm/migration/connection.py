@@ -106,6 +106,14 @@ class Connection:
                 self._record(raw)
                 return frames[0]
 
+    def ready(self, seconds: float) -> bool:
+        """Has something come, or has the connection ended? Waits so long at most. Raises PeerGone once it is closed."""
+        if isinstance(self._socket, ssl.SSLSocket):
+            with self._io:
+                if self._socket.pending():
+                    return True
+        return self._poll(select.POLLIN, seconds)
+
     def _record(self, raw: bytearray) -> None:
         if self.recorder is not None and len(raw) >= HEAD_SIZE:
             self.recorder.note(False, self.channel, bytes(raw))
@@ -143,13 +151,13 @@ class Connection:
                 raise PeerGone(f"{self.peer} stalled: nothing moved in time")
             self._poll(wanted, left)
 
-    def _poll(self, events: int, seconds: float) -> None:
+    def _poll(self, events: int, seconds: float) -> bool:
         fd = self._socket.fileno()
         if fd < 0:
             raise PeerGone(f"{self.peer}: the connection is closed")
         poll = select.poll()
         poll.register(fd, events)
-        poll.poll(seconds * 1000)
+        return bool(poll.poll(seconds * 1000))
 
     def _told(self, error: OSError) -> MigrationError:
         if isinstance(error, ssl.SSLError):
