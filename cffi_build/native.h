@@ -123,6 +123,8 @@ int pv_userfaultfd_device(int device, int flags) PV_CHECKED;
 
 /* Puts the file's first `size` bytes, shared, where pv_map mapped memory: the file then has its alignment. */
 int pv_map_file(void *address, size_t size, int fd) PV_CHECKED;
+/* Lets that process read our memory by process_vm_readv, where the kernel restricts it (Yama). 0: nobody. */
+int pv_allow_reader(int pid) PV_CHECKED;
 
 /* ---- bits.c: page bitmaps, one bit a small page of RAM ---- */
 

@@ -66,6 +66,12 @@ class Connection:
         """The descriptor, to poll."""
         return self._socket.fileno()
 
+    def peer_credentials(self) -> bytes:
+        """Of a UNIX socket: struct ucred of who connected, or listens."""
+        import socket
+
+        return self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+
     @property
     def sequences(self) -> tuple[int, int]:
         """Of the next frame out, and in: where frames of pages go on counting."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import ExitStack
 
 from pyvmm._native import ffi, lib
 from pyvmm.layout import BLOCK_SIZE, PAGE_SIZE
@@ -46,13 +47,17 @@ class Pace:
 
 
 class Sender:
-    """Rounds over channels, whose closing is the caller's. sent: pages of the round that goes, so far."""
+    """Rounds over channels, whose closing is the caller's. pulled: the other side reads the pages out of our memory."""
 
-    def __init__(self, memory: GuestMemory, channels: Sequence[PageChannel], rate: float = 0) -> None:
+    def __init__(
+        self, memory: GuestMemory, channels: Sequence[PageChannel], rate: float = 0, pulled: bool = False
+    ) -> None:
         self._memory = memory
         self._channels = channels
         self._pages = memory.size // PAGE_SIZE
         self._pace = Pace(rate)
+        self._pulled = pulled
+        self._pins = ExitStack()
         self._stop = threading.Event()
         self._tables = [ffi.new("struct pv_run_pages[]", _STEP) for _ in channels]
         self._sent = [0] * len(channels)
@@ -104,6 +109,10 @@ class Sender:
             raise self._errors.pop(0)
         return True
 
+    def round_done(self) -> None:
+        """The other side has all of the round: pulled pages may go away again."""
+        self._pins.close()
+
     def end(self) -> None:
         """No more is sent: ends what waits in the channels, and the threads."""
         self._stop.set()
@@ -111,6 +120,7 @@ class Sender:
             channel.end()
         for thread in self._threads:
             thread.join()
+        self._pins.close()
 
     # ---- inside ----
 
@@ -143,6 +153,8 @@ class Sender:
             self._errors.append(error)
 
     def _send(self, index: int, channel: PageChannel, round: int, runs: Runs) -> None:
+        if self._pulled:
+            self._pins.enter_context(self._memory.pinned(runs.native, len(runs)))
         run, done, left = ffi.new("uint64_t *"), ffi.new("uint64_t *"), ffi.new("uint64_t *")
         table = self._tables[index]
         while not self._stop.is_set():

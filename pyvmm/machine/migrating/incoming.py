@@ -27,10 +27,12 @@ from pyvmm.migration.frames import (
     Ready,
     Round,
     RoundDone,
+    Source,
     States,
     Taken,
     Welcome,
 )
+from pyvmm.migration.local import accept
 from pyvmm.migration.opening import Terms
 from pyvmm.migration.order import DESTINATION, Order
 from pyvmm.migration.pages import Arrivals, PageChannel
@@ -106,6 +108,7 @@ class Incoming(Session):
             recorder = self._stack.enter_context(Recorder(capture))
         listener = listen_at(parse_address(listen, listening=True), tls)
         self.address = str(listener.address)
+        self._local = listener.address.kind == "local"
         self._acceptor = Acceptor(listener, recorder)
         self._stack.callback(self._acceptor.close)
         self._thread.start()
@@ -178,7 +181,8 @@ class Incoming(Session):
             raise
         decision = self._decision = self._stack.enter_context(Decision(DESTINATION))
         try:
-            features = hello.features & (FEATURES["large"] | FEATURES["postcopy"])
+            known = FEATURES["large"] | FEATURES["postcopy"] | (FEATURES["local"] if self._local else 0)
+            features = hello.features & known
             terms = Terms(hello.id, hello.token, secrets.token_bytes(32), mode, hello.channels, features)
             self._acceptor.expect(terms, [("pages", index) for index in range(terms.channels)])
             control.send(Welcome(features, terms.channels, terms.resume))
@@ -203,9 +207,16 @@ class Incoming(Session):
             channels.append(PageChannel(connection, vm.memory.base, pages))
         receiver = Receiver(channels)
         control.on_end = receiver.end
-        self._tell(Connected(self._now(), peer=control.peer, mode=terms.mode, channels=len(channels), local=False))
+        self._tell(
+            Connected(self._now(), peer=control.peer, mode=terms.mode, channels=len(channels), local=self._local)
+        )
         large = bytearray()
         frame = control.next()
+        if isinstance(frame, Source):
+            if "local" not in terms.features:
+                raise ProtocolError(f"{control.peer} sent SOURCE, and that was not agreed on")
+            accept(control.connection, frame, channels)
+            frame = control.next()
         while isinstance(frame, Large):
             large += frame.bits
             frame = control.next()

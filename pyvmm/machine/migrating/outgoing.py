@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import threading
 
-from pyvmm.errors import BadInput, LifecycleError, PyvmmError
+from pyvmm.errors import BadInput, LifecycleError, MigrationError, PyvmmError
 from pyvmm.layout import PAGE_SIZE, parse_size
 from pyvmm.machine.migrating.handover import Handover
 from pyvmm.machine.migrating.precopy import Precopy
@@ -17,6 +17,7 @@ from pyvmm.migration.convergence import POSTCOPY
 from pyvmm.migration.decision import Decision
 from pyvmm.migration.events import Connected, Report
 from pyvmm.migration.frames import MAX_CHANNELS, MODES
+from pyvmm.migration.local import disallow, offer
 from pyvmm.migration.opening import Ways
 from pyvmm.migration.order import SOURCE
 from pyvmm.migration.pages import PageChannel
@@ -158,16 +159,22 @@ class Outgoing(Session):
 
             recorder = self._stack.enter_context(Recorder(self._capture))
         ways = Ways(self.address, self._tls, recorder)
-        control, terms = ways.hello(self._vm.shape(), self._mode, self._channels, False, self._stack)
+        local = self.address.kind == "local"
+        control, terms = ways.hello(self._vm.shape(), self._mode, self._channels, local, self._stack)
         self._control = control
         if self._cancelled:
             control.fail(Cancelled(self._cancelled))
         ram, pages = self._vm.memory.base, self._vm.memory.size // PAGE_SIZE
         connections = [ways.join(terms, "pages", index, self._stack) for index in range(terms.channels)]
         channels = [PageChannel(connection, ram, pages) for connection in connections]
-        sender = Sender(self._vm.memory, channels, self._rate)
+        if local and "local" not in terms.features:
+            raise MigrationError(f"{control.peer} does not read pages itself: use unix:{self.address.path}")
+        if local:
+            control.send(offer(control.connection, ram, channels))
+            self._stack.callback(disallow)
+        sender = Sender(self._vm.memory, channels, self._rate, local)
         self._stack.callback(sender.end)
         control.on_end = sender.end
         report.channels = terms.channels
-        self._tell(Connected(self._now(), peer=control.peer, mode=self._mode, channels=terms.channels, local=False))
+        self._tell(Connected(self._now(), peer=control.peer, mode=self._mode, channels=terms.channels, local=local))
         return control, sender, terms

@@ -193,6 +193,7 @@ class Precopy:
 
     def _round_done(self, control: Control) -> None:
         done = control.expect(RoundDone)
+        self._sender.round_done()
         if done.pages != self._sender.sent:
             raise MigrationError(f"{control.peer} got {done.pages} pages of a round of {self._sender.sent}")
 
