@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from pyvmm._native import CData
+    from pyvmm.memory.space import Buffer
 
 _ROOM = 64
 
@@ -60,6 +61,13 @@ class PageSet:
     def count(self) -> int:
         """Pages in it."""
         return lib.pv_bits_count(self.bits, self.pages)
+
+    def put(self, first: int, count: int, bits: Buffer) -> None:
+        """Says of `count` pages from `first` on, a multiple of 8, which are in it, as bytes() does. Raises IndexError."""
+        self._require(first, count)
+        if first % 8 or len(bits) != -(-count // 8):
+            raise IndexError(f"{len(bits)} bytes for {count} pages from {first} on")
+        ffi.buffer(self.bits)[first // 8 : first // 8 + len(bits)] = bytes(bits)
 
     def bytes(self) -> bytes:
         """Bit n % 8 of byte n / 8 is page n, and no other bit is set; as many bytes as that takes."""

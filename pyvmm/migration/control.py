@@ -54,6 +54,9 @@ class Control:
         self._pings = 0
         self._closing = False
         self._thread = threading.Thread(target=self._read, name="migration control", daemon=True)
+
+    def start(self) -> None:
+        """Begins to read: the order must stand as the other side's does by then."""
         self._thread.start()
 
     @property
@@ -123,7 +126,7 @@ class Control:
         self._closing = True
         self._end(PeerGone("the connection is closed"))
         self.connection.end()
-        if threading.current_thread() is not self._thread:
+        if self._thread.ident is not None and threading.current_thread() is not self._thread:
             self._thread.join()
         self.connection.close()
 

@@ -60,6 +60,7 @@ class Ways:
         id, token = secrets.token_bytes(16), secrets.token_bytes(32)
         control = Control(self.connect(), Order(SOURCE))
         stack.callback(control.close)
+        control.start()
         control.send(Hello(id, token, MODES[mode], channels, features, "", shape.encode()))
         answer = control.next(HANDSHAKE)
         if isinstance(answer, Refuse):

@@ -92,9 +92,9 @@ class Order:
 
     def resumed(self, phase: str) -> None:
         """A new control connection stands in for a broken one. phase: "ready" (COMMIT comes anew), or "running"."""
-        if phase not in RESUMABLE or self.phase not in ("ready", "committed", "running"):
+        if phase not in RESUMABLE or self.phase not in ("prepared", "ready", "committed", "running", "full"):
             raise ProtocolError(f"a migration in phase {self.phase} cannot go on in phase {phase}")
-        if self.phase == "running" and phase == "ready" and self.side == DESTINATION:
+        if self.phase in ("running", "full") and phase == "ready" and self.side == DESTINATION:
             raise ProtocolError("the guest runs here already: it cannot be handed over once more")
         self.phase = phase
         self._have = 0 if phase == "running" else None

@@ -1,85 +1,232 @@
 # handover.py: the guest stands, and one of two processes will run it: docs/migration-protocol.md, "Who owns the guest".
-# Seconds.
-"""`Handover`: of the source."""
+# Seconds, pages of 4 KiB.
+"""`Handover`: of the source, from the pause to DONE, and back where that is still possible."""
 
 from __future__ import annotations
 
 import threading
 import time
 
-from pyvmm.migration.frames import MAX_PIECE, Commit, Complete, Done, Prepare, Ready, States, Taken
+from pyvmm.errors import MigrationError
+from pyvmm.layout import PAGE_SIZE
+from pyvmm.machine.migrating.rest import Rest
+from pyvmm.memory.pageset import PageSet
+from pyvmm.migration.control import Cancelled
+from pyvmm.migration.events import Broken, Resumed, Switched
+from pyvmm.migration.frames import MAX_BITS, MAX_PIECE, Away, Commit, Complete, Done, Have, Prepare, Ready, States, Taken
+from pyvmm.migration.link import PeerDied
 from pyvmm.snapshot.format import checksum
 from pyvmm.snapshot.states import encode
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pyvmm.machine.machine import VM
     from pyvmm.machine.migrating.precopy import Precopy
-    from pyvmm.migration.control import Control
     from pyvmm.migration.decision import Decision
-    from pyvmm.migration.events import Report
+    from pyvmm.migration.events import Event, Report
+    from pyvmm.migration.link import Link
 
 _BARRED = "the guest is being handed over to another process, or runs there"
+_WITNESS = 1.0
+"""For the other side's witness to say that it was killed, before an error is told as a broken connection."""
 
 
 class Handover:
-    """From the pause to DONE, and back where that is still possible."""
+    """tell: takes events; now: seconds so far; stop: nobody waits for the end any more."""
 
     def __init__(
-        self, vm: VM, control: Control, decision: Decision, committing: threading.Lock, report: Report
+        self,
+        vm: VM,
+        link: Link,
+        decision: Decision,
+        report: Report,
+        tell: Callable[[Event], None],
+        now: Callable[[], float],
     ) -> None:
         self._vm = vm
-        self._control = control
+        self._link = link
         self._decision = decision
-        self._committing = committing
         self._report = report
-        self._paused = False
+        self._tell = tell
+        self._now = now
+        self._committing = threading.Lock()  # a cancel comes before the commit point, or not at all
+        self._stop = threading.Event()
+        self._paused = self._taken = False
+        self._rest: Rest | None = None
         self._at = 0.0
 
+    # ---- up to the commit point ----
+
     def switch(self, precopy: Precopy, postcopy: bool) -> None:
-        """All of it. Raises what went wrong: before GIVEN undo() is to be called."""
-        control, vm = self._control, self._vm
+        """Until the guest is given away. Raises what went wrong: then undo() is to be called."""
+        vm, control = self._vm, self._link.control
         self._at = time.perf_counter()
         vm.life.pause_for_good(_BARRED)
         self._paused = True
+        if vm.ended:
+            raise MigrationError("the guest has ended meanwhile")
         self._part("pause")
         self._decision.set("offered")
-        precopy.last(control)
+        if not postcopy:
+            precopy.last(control)
         raw = encode(vm.save_state())
-        precopy.finish(control)
-        self._part("last round")
-        for at in range(0, len(raw), MAX_PIECE):
-            control.send(States(len(raw), at, raw[at : at + MAX_PIECE]))
-        control.send(Prepare(precopy.round, 0, len(raw), checksum(raw)))
+        if not postcopy:
+            precopy.finish(control)
+            self._part("last round")
+        away = self._send_states(raw, precopy, postcopy)
+        control.send(Prepare(precopy.round, away, len(raw), checksum(raw)))
         self._part("state")
+        if postcopy:
+            self._rest = Rest(vm.memory, self._link, precopy.left if control.order.mode == "hybrid" else None)
         control.expect(Ready)
         self._part("prepare")
         with self._committing:
             control.check()
             self._decision.set("given")
-        control.send(Commit())
-        control.expect(Taken)
-        self._part("commit")
-        vm.life.leave()
         self._report.state_bytes = len(raw)
-        control.expect(Complete)
-        control.send(Done())
-        precopy.close()
-        precopy.fill_in(self._report)
-        self._decision.release()
 
-    def undo(self, reason: str) -> None:
-        """The guest runs on here."""
-        if self._decision.value == "given":
-            return
-        if self._decision.value == "offered":
-            self._decision.set("held")
-        self._control.cancel(reason)
+    def _send_states(self, raw: bytes, precopy: Precopy, postcopy: bool) -> int:
+        """States, and AWAY in hybrid. Returns how many pages come after the switch."""
+        control = self._link.control
+        for at in range(0, len(raw), MAX_PIECE):
+            control.send(States(len(raw), at, raw[at : at + MAX_PIECE]))
+        pages = self._vm.memory.size // PAGE_SIZE
+        if control.order.mode == "hybrid":
+            left = precopy.stand() if postcopy else PageSet(pages)
+            bits = left.bytes()
+            for first in range(0, pages, MAX_BITS * 8):
+                count = min(MAX_BITS * 8, pages - first)
+                control.send(Away(first, count, bits[first // 8 : first // 8 + -(-count // 8)]))
+            return left.count()
+        return pages if postcopy else 0
+
+    def cancel(self, reason: str) -> None:
+        """Before the commit point: all that waits raises Cancelled."""
+        with self._committing:
+            if self._decision.value != "given":
+                self._link.control.fail(Cancelled(reason))
+
+    def undo(self, reason: str) -> bool:
+        """After an error before the commit point: the guest runs on here. False where the destination may not have
+        heard of it: say_held() is to be called then."""
+        ready = self._link.control.order.phase in ("prepared", "ready", "committed")
+        self._decision.set("held")
+        self._link.control.cancel(reason)
+        self._run_on()
+        self._link.control.linger()
+        heard = not ready or isinstance(self._link.control.failure, Cancelled)
+        if heard:
+            self._decision.release()
+        return heard
+
+    def _run_on(self) -> None:
         if self._paused:
+            self._paused = False
             self._vm.life.bar("")
             if self._vm.paused:
                 self._vm.resume()
-        self._control.linger()
+
+    # ---- behind it ----
+
+    def complete(self) -> None:
+        """Until the destination has all. Raises PeerDied, or Cancelled: if `gave_back`, the guest runs on here."""
+        begin = True
+        while True:
+            try:
+                if begin and not self._taken:
+                    self._link.control.send(Commit())
+                self._serve()
+                break
+            except Cancelled:
+                self._back("none")
+                raise
+            except PeerDied as died:
+                self._back(died.decision)
+                raise
+            except MigrationError as error:
+                begin = self._again(error)
+        self._link.control.send(Done())
+        self._decision.release()
+
+    @property
+    def gave_back(self) -> bool:
+        """The guest runs on here, after all."""
+        return self._decision.value == "held"
+
+    def stop(self) -> None:
+        """No more attempts to reach the destination."""
+        self._stop.set()
+
+    def say_held(self) -> None:
+        """Until the destination has heard that the guest runs on here, or has died."""
+        try:
+            self._link.again(self._stop)
+        except PeerDied:
+            pass
+        except Cancelled:  # nobody waits: the witness will say so, when this process ends
+            return
+        else:
+            self._link.say_held()
+        self._decision.release()
+
+    def _serve(self) -> None:
+        control = self._link.control
+        while True:
+            frame = control.next()
+            if isinstance(frame, Taken):
+                self._left()
+                if self._rest is not None:
+                    self._rest.start()
+            elif isinstance(frame, Have):
+                self._have(frame)
+            elif isinstance(frame, Complete):
+                if self._rest is not None:
+                    self._rest.stop()
+                    self._rest.fill_in(self._report)
+                return
+
+    def _left(self) -> None:
+        if not self._taken:
+            self._taken = True
+            self._part("commit")
+            self._vm.life.leave()
+            away = self._rest.missing if self._rest is not None else 0
+            self._tell(Switched(self._now(), downtime=self._report.total_downtime, away=away))
+
+    def _have(self, frame: Have) -> None:
+        """The destination says what it has, after a break; when it has said all, the rest goes."""
+        if self._rest is None:
+            return
+        if self._rest.note(frame.first, frame.count, frame.bits):
+            self._tell(Resumed(self._now(), epoch=self._link.breaks, missing=self._rest.missing))
+
+    def _again(self, error: MigrationError) -> bool:
+        """After a break. Is COMMIT to be sent anew?"""
+        if self._rest is not None:
+            self._rest.stop()
+        self._link.check_witness(_WITNESS)
+        self._tell(Broken(self._now(), reason=str(error)))
+        theirs = self._link.again(self._stop)
+        self._report.breaks = self._link.breaks
+        if theirs == "none":
+            self._back("none")
+            raise Cancelled("the destination did not take the guest")
+        self._link.control.order.resumed("running" if theirs == "taken" else "ready")
+        self._link.control.start()
+        self._link.join(self._rest is not None)
+        if theirs == "taken":
+            self._left()
+        return theirs == "ready"
+
+    def _back(self, theirs: str) -> None:
+        """The destination will never run it: the guest runs on here, if it never has."""
+        if self._taken or theirs == "taken":
+            self._decision.release()
+            return
+        self._decision.set("held", theirs)
+        self._run_on()
         self._decision.release()
 
     def _part(self, name: str) -> None:

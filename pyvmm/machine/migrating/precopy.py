@@ -116,16 +116,20 @@ class Precopy:
 
     def last(self, control: Control) -> None:
         """The VM stands: what has changed since. Returns when it has begun; finish() waits."""
-        assert self._trace is not None
-        for first, count in self._trace.collect():
-            self._left.add(first, count)
-        self._begin(control, self._left, None)
+        self._begin(control, self.stand(), None)
 
     def finish(self, control: Control) -> None:
         """Waits until all of the last round is there."""
         while not self._sender.done(_TICK):
             control.check()
         self._round_done(control)
+
+    def stand(self) -> PageSet:
+        """The VM stands, and goes on in post-copy: all that is not there, or has changed since."""
+        assert self._trace is not None
+        for first, count in self._trace.collect():
+            self._left.add(first, count)
+        return self._left
 
     @property
     def left(self) -> PageSet:
