@@ -91,7 +91,8 @@ def test_what_is_out_of_turn_is_refused_at_every_point(mode):
     """At each point of a whole migration every other frame of both sides, by both ends, unless the table has it."""
     samples = [
         hello(mode), WELCOME, frames.Refuse("no"), frames.Source(1, 1, 1), frames.Large(0, 1, b"\1"), frames.Commit(),
-        frames.Taken(), frames.Ready(0), frames.Complete(), frames.Done(), frames.Have(0, 1, b"\1"), frames.Died(1),
+        frames.Taken(), frames.Ready(0), frames.Complete(), frames.Done(), frames.Have(0, 1, b"\1"),
+        frames.Died(1, bytes(32)),
         frames.Resume(bytes(16), bytes(32), 1, 1), frames.Resumed(1, 1), frames.Join(bytes(16), bytes(32), 1, 0),
         frames.Joined(1, 0), frames.Cancel("x"), STATE, frames.Prepare(0, 0, 1, 0), frames.RoundDone(1, 1),
     ]  # fmt: skip
