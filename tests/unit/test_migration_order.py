@@ -123,8 +123,9 @@ def test_no_order_of_frames_leads_past_the_commit(steps, data):
     end = Order(data.draw(st.sampled_from([SOURCE, DESTINATION])))
     seen = set()
     for sender, kind in steps:
-        fixed = {"id": bytes(16), "token": bytes(32), "resume": bytes(32), "resume_at": "", "reason": "", "shape": b"x",
-                 "bits": b"\1", "data": b"x", "offset": 0, "first": 0, "index": 0}  # fmt: skip
+        fixed = {"id": bytes(16), "token": bytes(32), "resume": bytes(32), "proof": bytes(32), "resume_at": "",
+                 "reason": "", "shape": b"x", "bits": b"\1", "data": b"x", "offset": 0, "first": 0,
+                 "index": 0}  # fmt: skip
         frame = kind(**{name: fixed.get(name, 1) for name in kind.FIELDS})
         try:
             (end.sent if sender == end.side else end.came)(frame)
