@@ -50,14 +50,14 @@ TABLES = {"source": (("offered",), ("held",), ("offered",), ("given",), ("held",
 def side(name, how):
     os.setpgrp()
     say = os.fdopen(os.dup(1), "w")
-    if how == "bare":  # so that the descriptors of the page and of the connection are where the witness wants others
-        os.closerange(0, 3)
-    os.set_inheritable(os.open("/dev/zero", os.O_RDONLY), True)
+    os.dup2(0, 30)  # inherited
     decision = Decision(name)
     connection = connect(parse_address(sys.argv[1]), witness=True)
     kind = 3 if name == "source" else 4
     connection.send(Join(ID, join_key(TOKEN, kind), kind, 0))
     connection.recv()
+    if how == "bare":  # so that descriptors are where the witness wants others
+        os.closerange(0, 3)
     decision.start_witness(connection, TOKEN)
     if how == "fork" and not (child := os.fork()):
         signal.alarm(20)
@@ -373,15 +373,19 @@ def test_another_witness(decision, pair):
     again = [Connection(sock, "the other side") for sock in socket.socketpair()]
     with again[0], again[1]:
         decision.start_witness(pair[0], TOKEN)
-        again[0].send(Ping(1))
-        assert again[1].recv() == Ping(1)
+        for number in range(7):
+            again[0].send(Ping(number))
+            assert again[1].recv() == Ping(number)
         decision.start_witness(again[0], TOKEN)
         first, second = (Watch(each, decision.side, TOKEN) for each in (pair[1], again[1]))
         assert first.died(SECONDS) is None
         assert first.gone
         assert second.died() is None
         assert not second.gone
-        assert decision._page[witness.SLOT * DECISIONS[decision.value] + 1 :][12:16] == bytes([1, 0, 0, 0])
+        shared = os.pread(decision._fd, witness.SIZE, 0)
+        assert not shared[witness.RELEASED]
+        at = witness.SLOT * DECISIONS[decision.value]
+        assert shared[at + 1 : at + 1 + shared[at]] == died(decision.side, decision.value, sequence=7)
 
 
 def test_none_can_be_started(decision, pair, monkeypatch):
@@ -440,6 +444,26 @@ def test_the_other_side_is_slow(monkeypatch, drained):
             filled -= 9
             drain()
         assert came.strip(b"\0") == (b"last word" if drained else b"")
+
+
+def test_the_last_word_in_pieces(monkeypatch):
+    """What poll() promised need not come true."""
+    near, far = socket.socketpair()
+    turns = []
+
+    def write(fd, data):
+        turns.append(data)
+        if len(turns) % 2:
+            raise BlockingIOError
+        return real(fd, data[:4])
+
+    real = os.write
+    with near, far:
+        monkeypatch.setattr(witness, "PEER", near.fileno())
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "write", write)
+            witness.tell(b"last word")
+        assert far.recv(100) == b"last word"
 
 
 def test_the_other_side_has_gone_before(monkeypatch):
