@@ -9,9 +9,9 @@ import threading
 import time
 from contextlib import suppress
 
-from pyvmm.errors import MigrationError, PeerGone, ProtocolError
-from pyvmm.migration.frames import CONTROL, HEAD_SIZE, Decoder, encode
-from pyvmm.migration.tls import told
+from pyvmm.errors import LifecycleError, MigrationError, PeerGone, ProtocolError
+from pyvmm.migration.frames import CONTROL, HEAD_SIZE, Decoder, Join, encode
+from pyvmm.migration.tls import WITHOUT_TLS, told
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,17 +27,19 @@ SILENCE = 15.0
 
 class Connection:
     """A socket that frames go through. peer: what people call the other side. One thread may send while another one
-    receives; frames of several senders do not mix. `secure`: it is TLS. recorder: what goes and comes is captured, as
-    of channel number `channel`."""
+    receives; frames of several senders do not mix. `secure`: it is TLS. plain_witness: it is not, where others are, so
+    that nothing but the JOIN of a witness may come. recorder: what goes and comes is captured, as of channel number
+    `channel`."""
 
-    def __init__(self, sock: socket.socket, peer: str) -> None:
+    def __init__(self, sock: socket.socket, peer: str, plain_witness: bool = False) -> None:
         sock.setblocking(False)
         self._socket = sock
         self.peer = peer
         self.secure = isinstance(sock, ssl.SSLSocket)
         self.recorder: Recorder | None = None
         self.channel = 0
-        self._decoder = Decoder(CONTROL)
+        self.plain_witness = plain_witness
+        self._decoder = Decoder((Join,) if plain_witness else CONTROL)
         self._sequence = 0
         self._sending = threading.Lock()
         self._io = threading.Lock()  # OpenSSL's connections are for one thread at a time; never held while waiting
@@ -107,7 +109,8 @@ class Connection:
                 frames = list(self._decoder.feed(data))
             except ProtocolError as error:
                 self._record(raw)
-                raise ProtocolError(f"{self.peer}: {error}") from None
+                why = f" {WITHOUT_TLS}" if self.plain_witness else f": {error}"
+                raise ProtocolError(f"{self.peer}{why}") from None
             if frames:
                 self._record(raw)
                 return frames[0]
@@ -135,6 +138,13 @@ class Connection:
         pair = start(self._socket)
         self._socket, self.secure = pair, False
         return pair
+
+    def detach(self) -> int:
+        """The descriptor, for another process: the caller's from now on, and this connection is closed. What is sent
+        next there is frame `sequences[0]`. Raises LifecycleError for TLS, whose keys are here."""
+        if self.secure:
+            raise LifecycleError(f"{self.peer}: a TLS connection cannot be handed to another process")
+        return self._socket.detach()
 
     def _try(self, call, events: int, deadline: float):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
         """What call() returns, once it need not wait."""

@@ -384,8 +384,8 @@ class Have(_Bits):
 
 class Died(Frame):
     TYPE = 23
-    __slots__ = ("decision",)
-    FIELDS = _fields(decision=DECISION)
+    __slots__ = ("decision", "proof")
+    FIELDS = _fields(decision=DECISION, proof=KEY)
 
 
 class Away(Have):

@@ -13,6 +13,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import socket
 
+WITHOUT_TLS = "does not speak TLS 1.3: give --tls-cert, --tls-key and --tls-ca to both"
+
 
 class Tls:
     """certificate, key: PEM files of this side; authority: of those that signed the other side's certificate, and
@@ -102,7 +104,7 @@ def told(error: OSError, peer: str) -> MigrationError:
         if "ALERT" in reason and ("CERTIFICATE" in reason or "UNKNOWN_CA" in reason):
             return MigrationError(f"{peer} does not believe our certificate: its --tls-ca must have signed it")
         if reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "UNSUPPORTED_PROTOCOL") or "RECORD_LAYER" in reason:
-            return MigrationError(f"{peer} does not speak TLS 1.3: give --tls-cert, --tls-key and --tls-ca to both")
+            return MigrationError(f"{peer} {WITHOUT_TLS}")
         return MigrationError(f"{peer}: TLS failed: {reason.replace('_', ' ').lower()}")
     if isinstance(error, (ssl.SSLError, ConnectionResetError, BrokenPipeError)):
         return PeerGone(f"{peer} broke the connection off")

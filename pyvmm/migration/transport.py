@@ -16,6 +16,8 @@ from contextlib import suppress
 from pyvmm.errors import BadInput, HostError, MigrationError, PeerGone
 from pyvmm.migration.address import Address
 from pyvmm.migration.connection import Connection
+from pyvmm.migration.frames import MAGIC
+from pyvmm.migration.tls import told
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -60,8 +62,8 @@ class Listener:
         self._socket.close()
 
     def accept(self, timeout: float, handshake: float = HANDSHAKE) -> Connection | None:
-        """The next one who connects, or None in time. Raises MigrationError for one who fails at TLS: others may
-        come."""
+        """The next one who connects, or None in time. With TLS one may come without it: it is a `plain_witness`. Raises
+        MigrationError for one who fails at TLS: others may come."""
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
         if not poll.poll(max(0.0, timeout) * 1000):
@@ -76,9 +78,30 @@ class Listener:
         if self.address.kind == "tcp":
             name += f" at {peer[0]}:{peer[1]}"
             _tune(sock)
-        if self._tls is not None:
-            sock = self._tls.wrap(sock, name, None, handshake)
-        return Connection(sock, name)
+        if self._tls is None:
+            return Connection(sock, name)
+        deadline = time.monotonic() + handshake
+        if _begins(sock, name, handshake) == MAGIC[:1]:
+            return Connection(sock, name, plain_witness=True)
+        return Connection(self._tls.wrap(sock, name, None, max(0.0, deadline - time.monotonic())), name)
+
+
+def _begins(sock: socket.socket, peer: str, timeout: float) -> bytes:
+    """The first byte that comes, which stays there; nothing: the other side has closed it. Closes it where none comes.
+    Raises PeerGone."""
+    sock.setblocking(False)
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    try:
+        if not poll.poll(timeout * 1000):
+            raise PeerGone(f"{peer} stalled in the TLS handshake")
+        return sock.recv(1, socket.MSG_PEEK)
+    except OSError as error:
+        sock.close()
+        raise told(error, peer) from None
+    except BaseException:
+        sock.close()
+        raise
 
 
 def listen(address: Address, tls: Tls | None = None) -> Listener:
@@ -173,8 +196,9 @@ def _listen_path(address: Address) -> Listener:
             os.close(descriptor)
 
 
-def connect(address: Address, tls: Tls | None = None, timeout: float = HANDSHAKE) -> Connection:
-    """Connects. Raises MigrationError where nobody is there, or TLS fails; PeerGone where it takes too long."""
+def connect(address: Address, tls: Tls | None = None, timeout: float = HANDSHAKE, witness: bool = False) -> Connection:
+    """Connects. witness: for one, and so without TLS, which could not be handed to it. Raises MigrationError where
+    nobody is there, or TLS fails; PeerGone where it takes too long."""
     deadline = time.monotonic() + timeout
     name = f"the destination at {address}"
     if address.kind != "tcp":
@@ -199,7 +223,7 @@ def connect(address: Address, tls: Tls | None = None, timeout: float = HANDSHAKE
                 f"nobody listens at {address}: start 'pyvmm receive --listen {address}' first"
             ) from None
         raise MigrationError(f"{name} cannot be reached: {error.strerror or error}") from None
-    if tls is not None:
+    if tls is not None and not witness:
         sock = tls.wrap(sock, name, address.host, max(0.0, deadline - time.monotonic()))
     return Connection(sock, name)
 

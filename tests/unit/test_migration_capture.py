@@ -17,7 +17,7 @@ from pyvmm.errors import BadInput, HostError
 from pyvmm.migration import capture, frames
 from pyvmm.migration.capture import Recorder, describe, entries
 from pyvmm.migration.connection import Connection
-from pyvmm.migration.frames import Bytes, End, Hello, Join, Ping, Pong, Welcome, Zeros, encode
+from pyvmm.migration.frames import Bytes, Died, End, Hello, Join, Ping, Pong, Welcome, Zeros, encode
 from pyvmm.migration.pages import Arrivals, PageChannel
 from pyvmm.migration.shape import Shape
 
@@ -150,11 +150,12 @@ def test_threads_do_not_mix(tmp_path):
 
 def test_dissect_for_people(tmp_path, capsys):
     path = tmp_path / "c"
-    written(path, [HELLO, Welcome(5, 2, bytes(32)), Join(bytes(16), b"SECRET!!" * 4, 2, 0), Zeros(0, 512, 1)])
+    written(path, [HELLO, Welcome(5, 2, bytes(32)), Join(bytes(16), b"SECRET!!" * 4, 2, 0), Zeros(0, 512, 1),
+                   Died(3, b"SECRET!!" * 4)])  # fmt: skip
     status, out, err = dissected(capsys, path)
     assert (status, err) == (0, "")
     lines = out.splitlines()
-    assert len(lines) == 4
+    assert len(lines) == 5
     for line, parts in zip(
         lines,
         (
@@ -162,6 +163,7 @@ def test_dissect_for_people(tmp_path, capsys):
             ("<- 1 #0", "WELCOME", "channels=2"),
             ("-> 2 #1", "JOIN", "kind=urgent"),
             ("<- 0 #1", "ZEROS", "first=0 count=512 round=1"),
+            ("DIED", "decision=given"),
         ),
         strict=True,
     ):

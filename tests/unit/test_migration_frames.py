@@ -241,7 +241,7 @@ def test_types_that_cannot_come_here():
         (frames.States, (10, 4, b"1234567")),
         (frames.Welcome, (0, 9, bytes(32))),
         (frames.Welcome, (0, True, bytes(32))),
-        (frames.Died, (7,)),
+        (frames.Died, (7, bytes(32))),
         (frames.Cancel, ("two\nlines",)),
         (frames.Cancel, ("x" * 1025,)),
         (frames.Cancel, (b"bytes",)),

@@ -91,7 +91,8 @@ def test_what_is_out_of_turn_is_refused_at_every_point(mode):
     """At each point of a whole migration every other frame of both sides, by both ends, unless the table has it."""
     samples = [
         hello(mode), WELCOME, frames.Refuse("no"), frames.Source(1, 1, 1), frames.Large(0, 1, b"\1"), frames.Commit(),
-        frames.Taken(), frames.Ready(0), frames.Complete(), frames.Done(), frames.Have(0, 1, b"\1"), frames.Died(1),
+        frames.Taken(), frames.Ready(0), frames.Complete(), frames.Done(), frames.Have(0, 1, b"\1"),
+        frames.Died(1, bytes(32)),
         frames.Resume(bytes(16), bytes(32), 1, 1), frames.Resumed(1, 1), frames.Join(bytes(16), bytes(32), 1, 0),
         frames.Joined(1, 0), frames.Cancel("x"), STATE, frames.Prepare(0, 0, 1, 0), frames.RoundDone(1, 1),
     ]  # fmt: skip
@@ -122,8 +123,9 @@ def test_no_order_of_frames_leads_past_the_commit(steps, data):
     end = Order(data.draw(st.sampled_from([SOURCE, DESTINATION])))
     seen = set()
     for sender, kind in steps:
-        fixed = {"id": bytes(16), "token": bytes(32), "resume": bytes(32), "resume_at": "", "reason": "", "shape": b"x",
-                 "bits": b"\1", "data": b"x", "offset": 0, "first": 0, "index": 0}  # fmt: skip
+        fixed = {"id": bytes(16), "token": bytes(32), "resume": bytes(32), "proof": bytes(32), "resume_at": "",
+                 "reason": "", "shape": b"x", "bits": b"\1", "data": b"x", "offset": 0, "first": 0,
+                 "index": 0}  # fmt: skip
         frame = kind(**{name: fixed.get(name, 1) for name in kind.FIELDS})
         try:
             (end.sent if sender == end.side else end.came)(frame)

@@ -6,6 +6,7 @@ import shutil
 import socket
 import ssl
 import stat
+import struct
 import subprocess
 import sys
 import threading
@@ -14,11 +15,11 @@ from contextlib import ExitStack, contextmanager, suppress
 import pytest
 
 from pyvmm._native import ffi
-from pyvmm.errors import BadInput, HostError, MigrationError, PeerGone, ProtocolError
+from pyvmm.errors import BadInput, HostError, LifecycleError, MigrationError, PeerGone, ProtocolError
 from pyvmm.migration import pump
 from pyvmm.migration.address import parse_address
 from pyvmm.migration.connection import Connection
-from pyvmm.migration.frames import Cancel, Ping, Pong, States, encode
+from pyvmm.migration.frames import Cancel, Hello, Join, Joined, Ping, Pong, States, encode
 from pyvmm.migration.pages import Arrivals, PageChannel
 from pyvmm.migration.tls import Tls
 from pyvmm.migration.transport import connect, listen
@@ -265,9 +266,12 @@ def test_an_older_tls(tls):
 
 def test_who_does_not_speak_tls(tls):
     with listen(at("tcp:0"), tls("destination")) as listener:
-        with connect(listener.address) as out, pytest.raises(PeerGone, match="stalled in the TLS handshake"):
-            listener.accept(5, handshake=0.02)
-        for words in (b"", encode(Ping(1), 0), b"GET / HTTP/1.1\r\n\r\n"):
+        for begun in (b"", b"\x16"):
+            with connect(listener.address) as out:
+                out._socket.send(begun)
+                with pytest.raises(PeerGone, match="stalled in the TLS handshake"):
+                    listener.accept(5, handshake=0.02)
+        for words in (b"", b"GET / HTTP/1.1\r\n\r\n"):
             with connect(listener.address) as out:
                 if words:
                     out._socket.send(words)
@@ -282,6 +286,43 @@ def test_who_does_not_speak_tls(tls):
             stack.enter_context(connect(listener.address, tls("source")))
             thread.join()
             assert stack.enter_context(results[0]).secure
+
+
+def test_a_witness_joins_without_tls(tls):
+    """And nobody else does."""
+    join = Join(bytes(16), bytes(32), 3, 0)
+    with listen(at("tcp:0"), tls("destination")) as listener:
+        for frame in (join, Hello(bytes(16), bytes(32), 1, 1, 0, "", b"x"), Ping(1)):
+            with connect(listener.address, tls("source"), witness=True) as out:
+                out.send(frame)
+                with listener.accept(5) as into:
+                    assert into.plain_witness
+                    assert not into.secure
+                    if frame == join:
+                        assert into.recv() == join
+                        into.send(Joined(3, 0))
+                        assert out.recv() == Joined(3, 0)
+                        assert out.sequences == (1, 1)
+                        os.close(out.detach())
+                        assert out.fileno() == -1
+                    else:
+                        with pytest.raises(ProtocolError, match=r"does not speak TLS 1\.3: give --tls-cert"):
+                            into.recv()
+    with both(at("tcp:0"), tls("source"), tls("destination")) as (out, into):
+        assert not into.plain_witness
+        for each in (out, into):
+            with pytest.raises(LifecycleError, match="cannot be handed to another process"):
+                each.detach()
+    with both(at("tcp:0")) as (_, into):
+        assert not into.plain_witness
+
+
+def test_who_resets_before_a_word(tls):
+    with listen(at("tcp:0"), tls("destination")) as listener:
+        with connect(listener.address) as out:
+            out._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        with pytest.raises(PeerGone, match="broke the connection off"):
+            listener.accept(5)
 
 
 def test_a_destination_without_tls(tls):
