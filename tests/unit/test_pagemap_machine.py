@@ -20,6 +20,7 @@ SOURCES = (
     "fault",
     "install",
     "remove",
+    "assign",
     "blocks",
     "unit",
     "coarse",
