@@ -121,6 +121,9 @@ struct pv_home {
     int (*gather)(void *self, uint64_t page, uint64_t word, struct pv_unit *unit);
     /* The bytes of all these pages; they stay until the thread's next read(), whatever it fetches meanwhile. */
     int (*read)(void *self, const struct pv_unit *unit, const uint8_t **bytes);
+    /* As fetch(), but of `count` words only those of pages in this home, each page to its place in `to`: for a home that
+     * answers faster when it is asked for all at once. NULL: run by run, by fetch(). */
+    int (*scatter)(void *self, uint64_t page, uint32_t count, const uint64_t *words, uint8_t *to);
     void *self;
 };
 
@@ -189,6 +192,12 @@ int pv_engine_assign(struct pv_engine *engine, uint64_t page, uint64_t count, ui
 /* Makes a home the source of all RAM, of which nobody has touched anything: each page is where find() says. That is asked
  * block by block when it is needed, so that this takes no time. -EEXIST where a page has been touched. */
 int pv_engine_assign_all(struct pv_engine *engine, uint32_t home) PV_CHECKED;
+/* Makes pages of a VM that does not run yet those of a home: what they hold is out of date. bits: one a page; a word has
+ * the page's number as its locator. What else is populated of a block that is to be large goes aside, so that the first
+ * touch of it brings all as one large page. large: NULL, or a bit a block: one without it that holds little stays small.
+ * All must be PRESENT, and nothing pinned: -EEXIST, -EBUSY. After an error the VM's RAM is of no use any more. */
+int pv_engine_assign_bits(struct pv_engine *engine, uint32_t home, const uint64_t *bits,
+                          const uint64_t *large) PV_CHECKED;
 /* Fills in the words of all pages that have been assigned so. */
 void pv_engine_find_all(struct pv_engine *engine);
 /* The block of the last touch of a page that was away: what follows it may be touched next. */
@@ -213,6 +222,9 @@ int pv_engine_install(struct pv_engine *engine, uint64_t page, uint64_t count) P
 /* The same, and until pv_engine_unpin nothing in these blocks is removed. */
 int pv_engine_pin(struct pv_engine *engine, uint64_t page, uint64_t count) PV_CHECKED;
 void pv_engine_unpin(struct pv_engine *engine, uint64_t page, uint64_t count);
+/* The same of many runs: all, or after an error none. */
+int pv_engine_pin_runs(struct pv_engine *engine, const struct pv_run_pages *runs, uint64_t count) PV_CHECKED;
+void pv_engine_unpin_runs(struct pv_engine *engine, const struct pv_run_pages *runs, uint64_t count);
 
 /* Splits a large mapping into 512 small ones, the physical page staying whole. */
 int pv_engine_split(struct pv_engine *engine, uint64_t block) PV_CHECKED;
@@ -240,6 +252,11 @@ int pv_engine_look(struct pv_engine *engine, uint64_t *large, uint64_t *small, u
 #define PV_HOLDS 1
 #define PV_HOLDS_LARGE 2
 int pv_engine_holds(struct pv_engine *engine, uint8_t *blocks) PV_CHECKED;
+
+/* Sets the bits (one a page of all RAM) of those pages in the range that may hold anything but zeros: they are populated,
+ * or in a home that is not one of zeros. Makes nothing resident. The guest may run: what it writes first after its block
+ * has been looked at is missed. */
+int pv_engine_held(struct pv_engine *engine, uint64_t page, uint64_t count, uint64_t *bits) PV_CHECKED;
 
 /* Sets the bits of the pages that are in a home, and counts them; of those that come back meanwhile, maybe. */
 uint64_t pv_engine_at_home(struct pv_engine *engine, uint32_t home, uint64_t *bits);

@@ -11,6 +11,7 @@
 
 #define SPAN_SHIFT 30 /* userfaultfd is armed and disarmed by GiB */
 #define SLOTS 4       /* staging blocks */
+#define SPARSE 128u   /* pages up to which a block that was small at its source stays so: as it was, it costs less */
 
 /* One GiB of RAM as userfaultfd sees it. */
 struct span {
@@ -144,9 +145,16 @@ struct populated {
     uint32_t count, large;
 };
 int look_at(struct pv_engine *engine, const uint8_t *address, uint32_t pages, struct populated *out);
+/* The same of those that hold something, in the guest or in a home that is not zeros: of one block, under its lock. */
+int look_held(struct pv_engine *engine, uint64_t page, uint32_t count, struct populated *out);
 static inline bool is_populated(const struct populated *seen, uint32_t index)
 {
     return seen->bits[index / 64] >> index % 64 & 1;
+}
+
+static inline bool to_be_large(const struct pv_engine *engine, uint64_t block)
+{
+    return !(block_word(engine, block) & PV_BLOCK_SMALL) && pages_of_block(engine, block) == PV_BLOCK_PAGES;
 }
 
 /* ---- uffd.c: the ioctls, with EAGAIN and partial results dealt with. 0 or -errno ---- */
@@ -187,6 +195,8 @@ int bring_small(struct pv_engine *engine, uint64_t page, uint32_t count);
 int bring_block(struct pv_engine *engine, uint64_t page);
 /* Pages whose bytes are at `from`, as small ones. 0 or -errno. */
 int put_pages(struct pv_engine *engine, uint64_t page, uint32_t count, const uint8_t *from);
+/* These pages have come, or need not come any more. moved: those that were aside are not there any more. */
+void now_present(struct pv_engine *engine, uint64_t page, uint32_t count, bool moved);
 /* A touch of a page that is PRESENT and not populated. Answer or -errno. */
 int bring_untouched(struct pv_engine *engine, uint64_t page, bool written);
 

@@ -11,7 +11,6 @@
 #define BLOCK_BITS 37
 #define UNKNOWN ((1ull << 52) - 1) /* the file's index could not be read: each fetch tries again, and says why */
 #define STRAIGHT 64u /* storage blocks that are read at once */
-#define SPARSE 128u /* stored pages up to which a block that was small at the source stays so: as it was, it costs less */
 
 _Static_assert(PV_FILE_CHAIN < 1u << (52 - SLOT_BITS - BLOCK_BITS), "a locator has room for each file of a chain");
 

@@ -78,8 +78,7 @@ static uint32_t alike(const struct pv_engine *engine, uint64_t page, uint32_t li
     return count;
 }
 
-/* moved: those that were aside are not there any more. */
-static void now_present(struct pv_engine *engine, uint64_t page, uint32_t count, bool moved)
+void now_present(struct pv_engine *engine, uint64_t page, uint32_t count, bool moved)
 {
     uint32_t away = 0;
     if (engine->record)
@@ -156,14 +155,37 @@ static void make_zeros(uint8_t *slot)
         memset(slot, 0, PV_BLOCK); /* a kernel before 5.14 */
 }
 
+/* Which of the homes of a block's pages give all of theirs at once: a bit each, and they have. Or -errno. */
+static int scatter(struct pv_engine *engine, uint64_t page, uint8_t *slot)
+{
+    int homes = 0;
+    for (uint32_t i = 0; i < PV_BLOCK_PAGES; i++)
+        homes |= 1 << page_home(engine, page + i);
+    for (uint32_t number = 0; number < PV_HOMES; number++) {
+        const struct pv_home *home = &engine->homes[number];
+        if (!home->scatter)
+            homes &= ~(1 << number);
+        if (!(homes >> number & 1))
+            continue;
+        int error =
+            home_result(home->scatter(home->self, page, PV_BLOCK_PAGES, &engine->page_words[page], slot));
+        if (error)
+            return error;
+    }
+    return homes;
+}
+
 static int fill(struct pv_engine *engine, uint64_t page, uint8_t *slot)
 {
     make_zeros(slot);
     if (engine->poison)
         memset(slot, 0xa5, PV_BLOCK);
+    int scattered = scatter(engine, page, slot);
+    if (scattered < 0)
+        return scattered;
     for (uint32_t i = 0; i < PV_BLOCK_PAGES;) {
-        uint32_t run = alike(engine, page + i, PV_BLOCK_PAGES - i);
-        bool done = !engine->poison && reads_zero(page_home(engine, page + i));
+        uint32_t run = alike(engine, page + i, PV_BLOCK_PAGES - i), home = page_home(engine, page + i);
+        bool done = scattered >> home & 1 || (!engine->poison && reads_zero(home));
         int error = done ? 0 : fetch(engine, page + i, run, slot + (size_t)i * PV_PAGE);
         if (error)
             return error;

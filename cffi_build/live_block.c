@@ -47,29 +47,14 @@ void live_set_state(struct live *live, uint64_t block, uint8_t state)
 /* Which pages hold something: those that are populated, and those in a home that is not zeros. Makes nothing resident. */
 int live_see(struct pv_engine *engine, uint64_t block, struct live_copy *out, uint32_t *count)
 {
-    uint64_t first = block * PV_BLOCK_PAGES;
-    block_find(engine, block);
-    uint32_t pages = pages_of_block(engine, block), away = block_away(engine, block);
     struct populated seen;
-    int error = look_at(engine, ram_at(engine, first), pages, &seen);
+    int error = look_held(engine, block * PV_BLOCK_PAGES, pages_of_block(engine, block), &seen);
     if (error)
         return error;
     out->block = block;
     memcpy(out->held, seen.bits, sizeof(out->held));
     *count = seen.count;
-    for (uint32_t i = 0; away && i < pages; i++) {
-        uint32_t home = page_home(engine, first + i);
-        uint64_t bit = 1ull << i % 64;
-        if (home == PV_HOME_PRESENT)
-            continue;
-        *count -= (out->held[i / 64] & bit) != 0; /* what is away is where its word says, whatever is mapped */
-        out->held[i / 64] &= ~bit;
-        if (home == PV_HOME_ZERO || home == PV_HOME_BALLOON)
-            continue;
-        out->held[i / 64] |= bit;
-        ++*count;
-    }
-    bool comes_large = away && *count && !(block_word(engine, block) & PV_BLOCK_SMALL);
+    bool comes_large = block_away(engine, block) && *count && !(block_word(engine, block) & PV_BLOCK_SMALL);
     engine->live.large[block] = seen.large || comes_large;
     return 0;
 }

@@ -218,3 +218,7 @@ int pv_resident(int fd, size_t size, uint64_t *pages) PV_CHECKED;
 /* ---- stream.h: pages over a connection ---- */
 
 #include "stream.h"
+
+/* ---- peer.h: pages that stay with the source of a migration until they are needed ---- */
+
+#include "peer.h"

@@ -190,6 +190,50 @@ int look_at(struct pv_engine *engine, const uint8_t *address, uint32_t pages, st
     return walk(engine, address, pages, note_bits, out);
 }
 
+int look_held(struct pv_engine *engine, uint64_t page, uint32_t count, struct populated *out)
+{
+    uint64_t block = page / PV_BLOCK_PAGES;
+    block_find(engine, block);
+    int error = look_at(engine, ram_at(engine, page), count, out);
+    for (uint32_t i = 0; !error && block_away(engine, block) && i < count; i++) {
+        uint32_t home = page_home(engine, page + i);
+        uint64_t bit = 1ull << i % 64;
+        if (home == PV_HOME_PRESENT)
+            continue;
+        out->count -= is_populated(out, i); /* what is away is where its word says, whatever is mapped */
+        out->bits[i / 64] &= ~bit;
+        if (home == PV_HOME_ZERO || home == PV_HOME_BALLOON)
+            continue;
+        out->bits[i / 64] |= bit;
+        out->count++;
+    }
+    return error;
+}
+
+int pv_engine_held(struct pv_engine *engine, uint64_t page, uint64_t count, uint64_t *bits)
+{
+    if (page > engine->pages || count > engine->pages - page)
+        return -EINVAL;
+    for (uint64_t end = page + count; page < end;) {
+        uint64_t block = page / PV_BLOCK_PAGES, next = (block + 1) * PV_BLOCK_PAGES;
+        uint32_t part = (uint32_t)((next < end ? next : end) - page);
+        struct populated seen;
+        block_lock_plain(engine, block); /* nothing of it changes: a live save need not copy it */
+        int error = look_held(engine, page, part, &seen);
+        block_unlock(engine, block);
+        if (error)
+            return error;
+        for (uint32_t i = 0, run; seen.count && i < part; i += run) {
+            for (run = 1; i + run < part && is_populated(&seen, i + run) == is_populated(&seen, i); run++)
+                ;
+            if (is_populated(&seen, i))
+                pv_bits_set(bits, page + i, run);
+        }
+        page += part;
+    }
+    return 0;
+}
+
 struct looks {
     uint64_t *large, *small;
     uint8_t *looks;

@@ -211,54 +211,6 @@ int pv_engine_store(struct pv_engine *engine, uint64_t page, uint32_t count, uin
     return stored;
 }
 
-/* Takes the home from pages that have just got it, but for those that have come from there already. */
-static void unassign(struct pv_engine *engine, uint64_t page, uint64_t end, uint32_t home)
-{
-    for (; page < end; page++) {
-        block_lock(engine, page / PV_BLOCK_PAGES);
-        bool away = page_home(engine, page) == home;
-        if (away)
-            page_set(engine, page, PV_HOME_PRESENT);
-        block_unlock(engine, page / PV_BLOCK_PAGES);
-        if (away)
-            span_release(engine, page, 1, false);
-    }
-}
-
-int pv_engine_assign(struct pv_engine *engine, uint64_t page, uint64_t count, uint32_t home, uint64_t locator)
-{
-    if (page > engine->pages || count > engine->pages - page || home == PV_HOME_PRESENT || home == PV_HOME_ASIDE ||
-        home >= PV_HOMES)
-        return -EINVAL;
-    uint64_t first = page;
-    for (uint64_t end = page + count; page < end;) {
-        uint64_t block = page / PV_BLOCK_PAGES, next = (block + 1) * PV_BLOCK_PAGES;
-        uint32_t part = (uint32_t)((next < end ? next : end) - page);
-        struct populated seen;
-        int error = span_hold(engine, page, false);
-        if (error)
-            return error;
-        block_lock(engine, block);
-        error = look_at(engine, ram_at(engine, page), part, &seen);
-        error = error ? error : seen.count || block_away(engine, block) + part > PV_BLOCK_PAGES ? -EEXIST : 0;
-        for (uint32_t i = 0; !error && i < part; i++)
-            error = page_home(engine, page + i) == PV_HOME_PRESENT ? 0 : -EEXIST;
-        for (uint32_t i = 0; !error && i < part; i++)
-            page_set(engine, page + i, (locator + i) << PV_PAGE_LOCATOR_SHIFT | home);
-        if (!error)
-            span_add(engine, page, part);
-        block_unlock(engine, block);
-        span_release(engine, page, 1, false);
-        if (error) {
-            unassign(engine, first, page, home);
-            return error;
-        }
-        page += part;
-        locator += part;
-    }
-    return 0;
-}
-
 /* ---- back in, by whoever asks ---- */
 
 static int install_range(struct pv_engine *engine, uint64_t page, uint64_t count, bool pin)
@@ -305,4 +257,22 @@ void pv_engine_unpin(struct pv_engine *engine, uint64_t page, uint64_t count)
         return;
     for (uint64_t block = page / PV_BLOCK_PAGES; block <= (page + count - 1) / PV_BLOCK_PAGES; block++)
         block_pin(engine, block, -1);
+}
+
+void pv_engine_unpin_runs(struct pv_engine *engine, const struct pv_run_pages *runs, uint64_t count)
+{
+    for (uint64_t i = 0; i < count; i++)
+        pv_engine_unpin(engine, runs[i].first, runs[i].count);
+}
+
+int pv_engine_pin_runs(struct pv_engine *engine, const struct pv_run_pages *runs, uint64_t count)
+{
+    for (uint64_t i = 0; i < count; i++) {
+        int error = pv_engine_pin(engine, runs[i].first, runs[i].count);
+        if (error) {
+            pv_engine_unpin_runs(engine, runs, i);
+            return error;
+        }
+    }
+    return 0;
 }

@@ -335,31 +335,29 @@ int pv_recv_run(struct pv_stream *stream, uint8_t *ram, uint64_t pages, uint64_t
     return error;
 }
 
-int pv_pull_run(struct pv_stream *stream, uint8_t *ram, uint64_t pages, uint64_t first, uint32_t count)
+static int pull(struct pv_stream *stream, uint64_t first, uint8_t *to, size_t size)
 {
-    if (!in_ram(pages, first, count) || stream->pull_pid <= 0)
-        return -EINVAL;
-    size_t size = (size_t)count * PAGE, done = 0;
-    while (done < size) {
-        struct iovec to = {.iov_base = ram + first * PAGE + done, .iov_len = size - done};
-        struct iovec from = {.iov_base = (void *)(uintptr_t)(stream->pull_ram + first * PAGE + done),
-                             .iov_len = size - done};
-        ssize_t read = process_vm_readv(stream->pull_pid, &to, 1, &from, 1, 0);
+    for (size_t done = 0; done < size;) {
+        struct iovec here = {.iov_base = to + done, .iov_len = size - done};
+        struct iovec there = {.iov_base = (void *)(uintptr_t)(stream->pull_ram + first * PAGE + done),
+                              .iov_len = size - done};
+        ssize_t read = process_vm_readv(stream->pull_pid, &here, 1, &there, 1, 0);
         if (read < 0)
             return errno == ESRCH ? -ECONNRESET : -errno;
         if (read == 0)
             return -EFAULT;
         done += (size_t)read;
     }
-    stream->bytes_pages += count;
     return 0;
 }
 
-int pv_take_run(struct pv_stream *stream, uint8_t *ram, uint64_t pages, const struct pv_run_frame *frame)
+int pv_take_run(struct pv_stream *stream, const struct pv_run_frame *frame, uint8_t *to)
 {
-    if (frame->type == PV_FRAME_PULL)
-        return pv_pull_run(stream, ram, pages, frame->first, frame->count);
-    return pv_recv_run(stream, ram, pages, frame->first, frame->count);
+    size_t size = (size_t)frame->count * PAGE;
+    int error = frame->type == PV_FRAME_PULL ? pull(stream, frame->first, to, size) : receive(stream, to, size, true);
+    if (!error)
+        stream->bytes_pages += frame->count;
+    return error;
 }
 
 uint32_t pv_run_types(const struct pv_stream *stream)
@@ -419,7 +417,7 @@ int pv_recv_runs(struct pv_stream *stream, uint8_t *ram, uint64_t pages, const s
             continue;
         }
         pv_bits_set(arrivals->held, end->first, end->count); /* before: some bytes may be stored when it fails */
-        error = pv_take_run(stream, ram, pages, end);
+        error = pv_take_run(stream, end, ram + end->first * PAGE);
         if (error)
             return error;
     }

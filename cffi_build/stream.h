@@ -95,11 +95,9 @@ int pv_recv_frame(struct pv_stream *stream, uint64_t pages, uint32_t types, stru
  * -EINVAL where that is not in `pages`, else as pv_recv_frame. */
 int pv_recv_run(struct pv_stream *stream, uint8_t *ram, uint64_t pages, uint64_t first, uint32_t count) PV_CHECKED;
 
-/* Reads the bytes of a PULL frame out of the source's memory, likewise. -ECONNRESET where that process is gone, -EPERM
- * where it may not be read, -EFAULT where its pages are not there. */
-int pv_pull_run(struct pv_stream *stream, uint8_t *ram, uint64_t pages, uint64_t first, uint32_t count) PV_CHECKED;
-/* Whichever of both it is. */
-int pv_take_run(struct pv_stream *stream, uint8_t *ram, uint64_t pages, const struct pv_run_frame *frame) PV_CHECKED;
+/* The pages of a BYTES or PULL frame that has come, to `to`: what follows it, or read out of the source's memory. Errors as
+ * pv_recv_frame; -ECONNRESET where that process is gone, -EPERM where it may not be read, -EFAULT where nothing is there. */
+int pv_take_run(struct pv_stream *stream, const struct pv_run_frame *frame, uint8_t *to) PV_CHECKED;
 /* What may come on a pages channel: for pv_recv_frame. */
 uint32_t pv_run_types(const struct pv_stream *stream);
 

@@ -8,11 +8,6 @@
 #define RECORD_PAGES 64u   /* touches of a block that are recorded one by one */
 #define PREFETCH_LARGE 128 /* wanted pages of a block from which on all of it is brought */
 
-static bool to_be_large(const struct pv_engine *engine, uint64_t block)
-{
-    return !(block_word(engine, block) & PV_BLOCK_SMALL) && pages_of_block(engine, block) == PV_BLOCK_PAGES;
-}
-
 /* Those pages of a unit that are in `block`, and still where the unit has them; wanted: NULL, or a bit a page. */
 static int put_unit(struct pv_engine *engine, const struct pv_unit *unit, const uint8_t *bytes, uint64_t block,
                     const uint64_t *wanted)
@@ -31,6 +26,11 @@ static int put_unit(struct pv_engine *engine, const struct pv_unit *unit, const 
         run += run == 0;
     }
     return 0;
+}
+
+static bool gathers(const struct pv_engine *engine, uint64_t page)
+{
+    return engine->homes[page_home(engine, page)].gather;
 }
 
 static int gather(struct pv_engine *engine, uint64_t page, struct pv_unit *unit)
@@ -106,9 +106,13 @@ int bring_units(struct pv_engine *engine, uint64_t page, uint32_t count)
 {
     struct others others;
     int answer = PV_ANSWER_PAGES;
-    for (uint64_t end = page + count; page < end; page++) {
-        int one = page_home(engine, page) == PV_HOME_PRESENT ? 0 : bring_one(engine, page, &others, NULL);
-        answer = one < 0 && answer >= 0 ? one : answer; /* on to the others: what can come, does */
+    for (uint64_t end = page + count; page < end;) {
+        uint32_t run = 0;
+        while (page + run < end && !gathers(engine, page + run))
+            run++;
+        int part = run ? bring_small(engine, page, run) : bring_one(engine, page, &others, NULL);
+        answer = part < 0 && answer >= 0 ? part : answer; /* on to the others: what can come, does */
+        page += part < 0 || !run ? 1 : run;
     }
     return answer;
 }

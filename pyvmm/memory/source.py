@@ -6,14 +6,15 @@ from __future__ import annotations
 
 import errno
 
-from pyvmm._native import lib
-from pyvmm.errors import BadInput, check
+from pyvmm._native import ffi, lib
+from pyvmm.errors import BadInput, HostError, check
 from pyvmm.memory.homes import HOMES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm._native import CData
     from pyvmm.memory.engine import Engine, NativeHome
+    from pyvmm.memory.pageset import PageSet
 
 UNITS = ("adaptive", "page", "block", "large")
 """How much a touch brings of what a home keeps in storage blocks: at first such a block, with a second touch of the
@@ -26,9 +27,20 @@ class Source:
 
     unit: of UNITS; workers: threads that answer faults. Raises BadInput for what these cannot be, and where anything of
     RAM has been touched.
+    stale: only of these pages, whatever they hold, of a VM that does not run yet; large: blocks that are to be large, a
+    bitmap (NULL: all). Raises HostError where that cannot be; then the VM's RAM is of no use any more.
     """
 
-    def __init__(self, engine: Engine, name: str, home: NativeHome, unit: str, workers: int) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        name: str,
+        home: NativeHome,
+        unit: str,
+        workers: int,
+        stale: PageSet | None = None,
+        large: CData = ffi.NULL,
+    ) -> None:
         if unit not in UNITS:
             raise BadInput(f"unit={unit!r}: choose one of {', '.join(UNITS)}")
         if not 1 <= workers <= lib.PV_MAX_WORKERS:
@@ -37,6 +49,14 @@ class Source:
         engine.tell(lib.pv_engine_unit, UNITS.index(unit))
         engine.tell(lib.pv_engine_workers, workers)
         engine.set_native_home(name, home)
+        if stale is not None:
+            result = engine.call(lib.pv_engine_assign_bits, HOMES.index(name), stale.bits, large)
+            if result in (-errno.EBUSY, -errno.EEXIST):
+                raise HostError(
+                    "pages that are out of date are in use, or away: nothing else may work with RAM meanwhile"
+                )
+            check(result, "assign_bits", home=name)
+            return
         result = engine.call(lib.pv_engine_assign_all, HOMES.index(name))
         if result == -errno.EEXIST:
             raise BadInput("RAM has been touched: a source of all of it comes first")

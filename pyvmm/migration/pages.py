@@ -95,39 +95,43 @@ class PageChannel:
 
     def send_table(self, table: CData, count: int, round: int, zeros: bool = True) -> None:
         """The same, of a table in C: struct pv_run_pages[count]."""
-        self._told(
+        self.told(
             lib.pv_send_runs(self.stream, self._ram, self._pages, table, count, round, zeros), True, "sending pages"
         )
 
     def send_zeros(self, first: int, count: int, round: int) -> None:
         """Pages that hold nothing, and are not looked at."""
-        self._told(lib.pv_send_frame(self.stream, lib.PV_FRAME_ZEROS, first, count, round), True, "sending pages")
+        self.told(lib.pv_send_frame(self.stream, lib.PV_FRAME_ZEROS, first, count, round), True, "sending pages")
 
     def send_end(self, round: int, pages: int) -> None:
         """This channel has sent all its pages of the round, so many."""
-        self._told(lib.pv_send_frame(self.stream, lib.PV_FRAME_END, pages, 0, round), True, "sending pages")
+        self.told(lib.pv_send_frame(self.stream, lib.PV_FRAME_END, pages, 0, round), True, "sending pages")
 
     def receive(self, arrivals: Arrivals, limit: int) -> int | None:
         """Stores pages where they belong: None when `limit` pages or more have come, else how many the other side says
         it sent on this channel in this round, which it has ended."""
         end = ffi.new("struct pv_run_frame *")
         result = lib.pv_recv_runs(self.stream, self._ram, self._pages, arrivals.cdata, limit, end)
-        self._told(result, False, "receiving pages", end)
+        self.told(result, False, "receiving pages", end)
         return int(end.first) if result == lib.PV_RECV_END else None
 
-    def _told(self, result: int, out: bool, what: str, frame: CData = None) -> None:
+    def told(self, result: int, out: bool, what: str, frame: CData = None) -> None:
+        """Of a call of C on this stream: records its frames, and raises what it ended with."""
         connection = self._connection
         if connection.recorder is not None:
             connection.recorder.note_runs(out, connection.channel, self.stream)
-        if result >= 0:
-            return
-        peer = connection.peer
+        if result < 0:
+            raise self.failure(result, what, frame)
+
+    def failure(self, result: int, what: str, frame: CData = None) -> MigrationError:
+        """What to say of a call of C on this stream that returned -errno; frame: the last that came."""
+        peer = self._connection.peer
         if result == -errno.EBADMSG:
             kind = BY_TYPE.get(frame.type)
             name = kind.name() if kind else f"type {frame.type}"
             pages = f"{frame.count} pages from {frame.first} on, round {frame.round}"
-            raise ProtocolError(f"{peer}: a frame {name} ({pages}): {_FAULTS[self.stream.fault]}")
+            return ProtocolError(f"{peer}: a frame {name} ({pages}): {_FAULTS[self.stream.fault]}")
         if -result in _GONE:
             how = "stalled" if result == -errno.ETIMEDOUT else "broke the connection off"
-            raise PeerGone(f"{peer} {how} while {what}")
-        raise MigrationError(f"{peer}: {what}: {os.strerror(-result)}")
+            return PeerGone(f"{peer} {how} while {what}")
+        return MigrationError(f"{peer}: {what}: {os.strerror(-result)}")

@@ -459,13 +459,19 @@ static int stock_read(void *self, const struct pv_unit *unit, const uint8_t **by
     return -error;
 }
 
+/* What pages hold that are in the home PEER. */
+void fake_stock(struct pv_engine *engine, const uint64_t *values)
+{
+    memcpy(stock, values, engine->pages * sizeof(*values));
+    stocked = engine->pages;
+}
+
 /* Of fresh RAM: what its pages hold, and how much comes with a touch. */
 int fake_source(struct pv_engine *engine, const uint64_t *values, uint32_t unit)
 {
     static const struct pv_home source = {
         .fetch = stock_fetch, .find = stock_find, .gather = stock_gather, .read = stock_read};
-    memcpy(stock, values, engine->pages * sizeof(*values));
-    stocked = engine->pages;
+    fake_stock(engine, values);
     pv_engine_home(engine, PV_HOME_PEER, &source);
     pv_engine_unit(engine, unit);
     return pv_engine_assign_all(engine, PV_HOME_PEER);

@@ -20,6 +20,7 @@ SOURCES = (
     "fault",
     "install",
     "remove",
+    "assign",
     "blocks",
     "unit",
     "coarse",
@@ -85,8 +86,8 @@ ffi = FFI()
 ffi.cdef(DECLARATIONS)
 
 
-def compile_engine(directory, *flags):
-    """The shared object of engine and stand-in."""
+def compile_engine(directory, *flags, others=()):
+    """The shared object of engine and stand-in. others: C files more, with nothing replaced in them."""
     objects = []
     replaced = [f"-D{name}=fake_{name}" for name in REPLACED]
     common = [
@@ -101,9 +102,10 @@ def compile_engine(directory, *flags):
         f"-I{ROOT / 'cffi_build'}",
         *flags,
     ]
-    for name in SOURCES:
+    for name in (*SOURCES, *others):
         objects.append(str(directory / f"{name}.o"))
-        subprocess.run([*common, *replaced, "-c", ROOT / f"cffi_build/{name}.c", "-o", objects[-1]], check=True)
+        with_these = () if name in others else replaced
+        subprocess.run([*common, *with_these, "-c", ROOT / f"cffi_build/{name}.c", "-o", objects[-1]], check=True)
     target = directory / "fake.so"
     fake = Path(__file__).with_name("fake_uffd.c")
     subprocess.run([*common, "-shared", "-o", target, fake, *objects, "-lpthread"], check=True)
