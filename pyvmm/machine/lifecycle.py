@@ -142,6 +142,15 @@ class Lifecycle:
         """The guest runs elsewhere: here it has ended."""
         self.end(RunResult("migrated", 0))
 
+    def ask_to_pause(self) -> None:
+        """Has the vCPUs park as soon as they can, and does not wait: some may wait for a page. resume() as ever."""
+        with self._pausing, self._lock:
+            if self._closed or self.outcome is not None or not self.started:
+                return
+            self.paused = True
+            for vcpu in self._vcpus:
+                vcpu.request_pause()
+
     def hold_back(self, seconds: float) -> None:
         """Parks the vCPUs for so long, unless they are parked or ending anyway, so that the guest gets less done."""
         with self._pausing:

@@ -237,6 +237,17 @@ class Engine:
             lib.pv_engine_unpin(native, page, count)
             self._leave()
 
+    def pin_runs(self, runs: CData, count: int) -> None:
+        """The same for struct pv_run_pages[count], all or none of them. Raises FetchError."""
+        result = self.call(lib.pv_engine_pin_runs, runs, count, equip=False)
+        if result < 0:
+            self.fail([runs[i].first + n for i in range(count) for n in range(runs[i].count)], -result)
+
+    def unpin_runs(self, runs: CData, count: int) -> None:
+        """Undoes one pin_runs(), likewise."""
+        with suppress(MemoryAccessError):
+            self.tell(lib.pv_engine_unpin_runs, runs, count)
+
     def retry(self) -> None:
         """Lets those go on who wait for a page that could not be brought back: they touch it again."""
         native = self._enter()
@@ -311,8 +322,9 @@ class Engine:
         """The pages that may hold anything but zeros, in the guest or in a home; of a guest that runs, as it was."""
         from pyvmm.memory.pageset import PageSet
 
-        blocks = [n for n, look in enumerate(self.looks()) if look not in ("untouched", "zero", "balloon")]
-        return PageSet(self._pages, ((n * 512, min(512, self._pages - n * 512)) for n in blocks))
+        found = PageSet(self._pages)
+        check(self.call(lib.pv_engine_held, 0, self._pages, found.bits, equip=False), "PAGEMAP_SCAN")
+        return found
 
     def at_home(self, home: str) -> PageSet:
         """The pages that are in a home; of those that come back just then, maybe."""

@@ -49,6 +49,10 @@ class PageSet:
             found = lib.pv_bits_runs(self.bits, end, at, runs, _ROOM)
             yield from ((runs[i].first, runs[i].count) for i in range(found))
 
+    def add_bits(self, bits: CData) -> None:
+        """Adds what is in a bitmap of as many pages."""
+        lib.pv_bits_or(self.bits, bits, words_for(self.pages))
+
     def remove(self, other: PageSet) -> Self:
         """Removes what is in another set of as many pages."""
         lib.pv_bits_and_not(self.bits, other.bits, words_for(self.pages))
@@ -63,7 +67,8 @@ class PageSet:
         return lib.pv_bits_count(self.bits, self.pages)
 
     def put(self, first: int, count: int, bits: Buffer) -> None:
-        """Says of `count` pages from `first` on, a multiple of 8, which are in it, as bytes() does. Raises IndexError."""
+        """Says of `count` pages from `first` on, a multiple of 8, which are in it, as bytes() has it. Raises
+        IndexError."""
         self._require(first, count)
         if first % 8 or len(bits) != -(-count // 8):
             raise IndexError(f"{len(bits)} bytes for {count} pages from {first} on")

@@ -116,6 +116,10 @@ class GuestMemory:
         """Where the guest's pages are: in large or small mappings, untouched, or away, by home."""
         return self.engine.count()
 
+    def large_blocks(self) -> int:
+        """Blocks that the kernel maps as one large page now."""
+        return self.size // BLOCK_SIZE if self.hugetlb else self.engine.looks().count("large")
+
     # ---- numbers of pages and blocks: by their place in RAM, which has no holes ----
 
     def page_of(self, gpa: Gpa) -> int:
@@ -216,18 +220,14 @@ class GuestMemory:
         """The mapping, in which the pages of these runs (struct pv_run_pages[count]) are present and stay within its
         `with`. To be read by C alone. Raises FetchError."""
         mapping = self._mapping()
-        if self._engine is None:
-            yield mapping
-            return
-        done = 0
+        engine = self._engine
+        if engine is not None:
+            engine.pin_runs(runs, count)
         try:
-            for done in range(count):
-                self._engine.pin(runs[done].first, runs[done].count)
-            done = count
             yield mapping
         finally:
-            for i in range(done):
-                self._engine.unpin(runs[i].first, runs[i].count)
+            if engine is not None:
+                engine.unpin_runs(runs, count)
 
     def written_views(self) -> list[tuple[int, int]]:
         """(first page, pages) in the mapping of each view that is held: who holds one may be writing there."""

@@ -33,6 +33,10 @@ class Cancelled(MigrationError):
     """One side has called the migration off: what it said is the text."""
 
 
+class Abandoned(MigrationError):
+    """This side does not wait any more: not for the other one to come back, nor for what it decides."""
+
+
 class Control:
     """Sends and receives what `order` allows; PING and PONG are its own. on_end: called once, in whichever thread, when
     the connection is of no use any more, so that others end what waits.
@@ -52,7 +56,7 @@ class Control:
         self._news = threading.Condition()
         self._last_sent = self._last_came = time.monotonic()
         self._pings = 0
-        self._closing = False
+        self._closing = self._heard = False
         self._thread = threading.Thread(target=self._read, name="migration control", daemon=True)
 
     def start(self) -> None:
@@ -117,9 +121,10 @@ class Control:
         """Has everything that waits here, or will, raise this."""
         self._end(failure)
 
-    def linger(self) -> None:
-        """After cancel(): until the other side has heard of it, or a second at most, so that it hears why."""
+    def linger(self) -> bool:
+        """After cancel(): until the other side has heard of it, or a second at most. Has it?"""
         self._thread.join(_CANCELLING)
+        return self._heard
 
     def close(self) -> None:
         """Ends the connection; twice is once."""
@@ -157,6 +162,7 @@ class Control:
         if isinstance(frame, Ping):  # or Pong
             return True
         if isinstance(frame, Cancel):
+            self._heard = True
             self._end(Cancelled(f"{self.peer} says: {frame.reason}"))
             return False
         if heeded:

@@ -6,17 +6,19 @@ from __future__ import annotations
 from contextlib import ExitStack, suppress
 
 from pyvmm.errors import MigrationError, PeerGone
-from pyvmm.migration.control import Cancelled, Control
+from pyvmm.layout import PAGE_SIZE
+from pyvmm.migration.control import Abandoned, Control
 from pyvmm.migration.decision import Watch
 from pyvmm.migration.frames import DECISIONS, Refuse, Resume, Resumed
 from pyvmm.migration.order import DESTINATION
+from pyvmm.migration.pages import PageChannel
 from pyvmm.migration.transport import HANDSHAKE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import threading
 
-    from pyvmm.migration.connection import Connection
+    from pyvmm.memory import GuestMemory
     from pyvmm.migration.decision import Decision
     from pyvmm.migration.opening import Terms, Ways
 
@@ -35,14 +37,15 @@ class PeerDied(PeerGone):
 
 
 class Link:
-    """Of a source. control: the connection for frames; pages: those for pages; urgent: in post-copy and hybrid, that for
-    requests. What breaks is closed by again(), or close()."""
+    """Of a source. control: the connection for frames; pages: those for pages; urgent: that for requests, in post-copy
+    and hybrid. What breaks is closed by again(), or close()."""
 
-    def __init__(self, ways: Ways, terms: Terms, control: Control, decision: Decision) -> None:
+    def __init__(self, ways: Ways, terms: Terms, control: Control, decision: Decision, memory: GuestMemory) -> None:
         self.terms = terms
         self.control = control
-        self.pages: list[Connection] = []
-        self.urgent: Connection | None = None
+        self.pages: list[PageChannel] = []
+        self.urgent: PageChannel | None = None
+        self._memory = memory
         self._ways = ways
         self._decision = decision
         self._watch: Watch | None = None
@@ -55,14 +58,19 @@ class Link:
         """Opens the witnesses' connections; and with `pages` those for pages. Raises MigrationError."""
         terms, ways = self.terms, self._ways
         if pages:
-            self.pages = [ways.join(terms, "pages", index, self._stack) for index in range(terms.channels)]
-            if terms.mode != "precopy":
-                self.urgent = ways.join(terms, "urgent", 0, self._stack)
+            self.pages = [self._channel("pages", index) for index in range(terms.channels)]
+            self.urgent = self._channel("urgent", 0) if terms.mode != "precopy" else None
         own = ways.join(terms, "source-witness", 0, self._stack)
         self._decision.start_witness(own, terms.token)
         watch = Watch(ways.join(terms, "destination-witness", 0, self._stack), DESTINATION, terms.token)
         self._stack.callback(watch.close)
         self._watch = watch
+
+    def _channel(self, kind: str, index: int) -> PageChannel:
+        connection = self._ways.join(self.terms, kind, index, self._stack)
+        channel = PageChannel(connection, self._memory.base, self._memory.size // PAGE_SIZE)
+        channel.stream.pulled = self.local
+        return channel
 
     @property
     def local(self) -> bool:
@@ -76,7 +84,7 @@ class Link:
 
     def again(self, stop: threading.Event) -> str:
         """After a break: connects until the destination answers. Returns its decision; the control connection is new,
-        and the order is the caller's to set. Raises PeerDied, and Cancelled at `stop`."""
+        and the order is the caller's to set. Raises PeerDied, and Abandoned at `stop`."""
         self.control.close()
         self.breaks += 1
         wait = _FIRST_WAIT
@@ -89,7 +97,7 @@ class Link:
             while left > 0:
                 self.check_witness(0)
                 if stop.wait(min(left, _LOOK)):
-                    raise Cancelled("nobody waits for the destination any more")
+                    raise Abandoned("nobody waits for the destination any more")
                 left -= _LOOK
 
     def check_witness(self, seconds: float) -> None:

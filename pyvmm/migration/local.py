@@ -22,22 +22,22 @@ _STARTED = 19
 """Field 22 of /proc/PID/stat, counted from the one behind the name."""
 
 
-def offer(connection: Connection, ram: CData, channels: Sequence[PageChannel]) -> Source:
+def offer(connection: Connection, ram: CData) -> Source:
     """At the source: runs are for the destination to read, which is let do so. Returns the frame that says where."""
     lib.pv_allow_reader(_peer(connection))  # what it cannot read it says
-    for channel in channels:
-        channel.stream.pulled = 1
     return Source(os.getpid(), _started(os.getpid()), int(ffi.cast("uintptr_t", ram)))
 
 
-def accept(connection: Connection, source: Source, channels: Sequence[PageChannel]) -> None:
-    """At the destination. Raises ProtocolError where that is another process than the one at the connection's other
-    end: whoever may connect is not let have us read somebody else's memory."""
+def accept(connection: Connection, source: Source, channels: Sequence[PageChannel]) -> tuple[int, int]:
+    """At the destination. Returns the pid, and where page 0 lies there. Raises ProtocolError where that is another
+    process than the one at the connection's other end: whoever may connect is not let have us read somebody else's
+    memory."""
     pid = _peer(connection)
     if source.pid != pid or source.started != _started(pid):
         raise ProtocolError(f"{connection.peer} is process {pid}, and says that it is {source.pid}")
     for channel in channels:
         channel.stream.pull_pid, channel.stream.pull_ram = pid, source.ram
+    return pid, source.ram
 
 
 def disallow() -> None:

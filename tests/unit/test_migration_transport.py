@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import ssl
 import stat
@@ -29,39 +28,6 @@ PAGE = 4096
 
 def at(text):
     return parse_address(text, listening=True)
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory):
-    """name -> path, of PEM files: two authorities, and what they signed for 127.0.0.1."""
-    openssl = shutil.which("openssl")
-    if openssl is None:
-        pytest.skip("the openssl command is not here: certificates cannot be made")
-    folder = tmp_path_factory.mktemp("tls")
-
-    def make(name, *options):
-        subprocess.run(
-            [openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days",
-             "2", "-subj", f"/CN={name}", "-keyout", f"{name}.key", "-out", f"{name}.crt", *options],
-            cwd=folder, check=True, capture_output=True,
-        )  # fmt: skip
-
-    for authority, names in (("ca", ("source", "destination")), ("other-ca", ("stranger",))):
-        make(authority, "-addext", "keyUsage=critical,keyCertSign")
-        for name in names:
-            signed = ("-CA", f"{authority}.crt", "-CAkey", f"{authority}.key", "-addext", "basicConstraints=CA:FALSE")
-            make(name, *signed, "-addext", "subjectAltName=IP:127.0.0.1,DNS:moon.example")
-    return {path.name: str(path) for path in folder.iterdir()}
-
-
-@pytest.fixture
-def tls(certificates):
-    def make(side, authority="ca", **options):
-        return Tls(
-            certificates[f"{side}.crt"], certificates[f"{side}.key"], certificates[f"{authority}.crt"], **options
-        )
-
-    return make
 
 
 def accepted(listener, results):

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from pyvmm.memory import GuestMemory
     from pyvmm.memory.pageset import PageSet
     from pyvmm.migration.accepting import Acceptor
-    from pyvmm.migration.connection import Connection
     from pyvmm.migration.control import Control
     from pyvmm.migration.events import Report
 
@@ -40,19 +39,20 @@ class Arriving:
         self._source: tuple[int, int] = (0, 0)
         self._wire = 0
 
-    def join(self, pages: list[Connection], urgent: Connection, source: tuple[int, int] = (0, 0)) -> None:
+    def join(self, pages: list[PageChannel], urgent: PageChannel, source: tuple[int, int]) -> None:
         """The connections. source: where the pages can be read (local): pid and address."""
-        ram, count = self._memory.base, self._memory.size // PAGE_SIZE
-        self._pages = [PageChannel(connection, ram, count) for connection in pages]
-        self._urgent = PageChannel(urgent, ram, count)
-        self._source = source
-        for channel in (*self._pages, self._urgent):
+        self._pages, self._urgent, self._source = pages, urgent, source
+        for channel in (*pages, urgent):
             channel.stream.pull_pid, channel.stream.pull_ram = source
 
     def rejoin(self, acceptor: Acceptor) -> None:
         """After a break: those that the source opens anew. Raises PeerGone."""
-        pages = [acceptor.joined("pages", index) for index in range(len(self._pages))]
-        self.join(pages, acceptor.joined("urgent", 0), self._source)
+
+        def channel(kind: str, index: int) -> PageChannel:
+            return PageChannel(acceptor.joined(kind, index), self._memory.base, self._memory.size // PAGE_SIZE)
+
+        pages = [channel("pages", index) for index in range(len(self._pages))]
+        self.join(pages, channel("urgent", 0), self._source)
 
     def start(self) -> None:
         """Touches are answered, and the rest comes, in threads."""

@@ -11,9 +11,21 @@ from pyvmm.errors import MigrationError
 from pyvmm.layout import PAGE_SIZE
 from pyvmm.machine.migrating.rest import Rest
 from pyvmm.memory.pageset import PageSet
-from pyvmm.migration.control import Cancelled
+from pyvmm.migration.control import Abandoned, Cancelled
 from pyvmm.migration.events import Broken, Resumed, Switched
-from pyvmm.migration.frames import MAX_BITS, MAX_PIECE, Away, Commit, Complete, Done, Have, Prepare, Ready, States, Taken
+from pyvmm.migration.frames import (
+    MAX_BITS,
+    MAX_PIECE,
+    Away,
+    Commit,
+    Complete,
+    Done,
+    Have,
+    Prepare,
+    Ready,
+    States,
+    Taken,
+)
 from pyvmm.migration.link import PeerDied
 from pyvmm.snapshot.format import checksum
 from pyvmm.snapshot.states import encode
@@ -44,6 +56,7 @@ class Handover:
         report: Report,
         tell: Callable[[Event], None],
         now: Callable[[], float],
+        stop: threading.Event,
     ) -> None:
         self._vm = vm
         self._link = link
@@ -52,7 +65,7 @@ class Handover:
         self._tell = tell
         self._now = now
         self._committing = threading.Lock()  # a cancel comes before the commit point, or not at all
-        self._stop = threading.Event()
+        self._stop = stop
         self._paused = self._taken = False
         self._rest: Rest | None = None
         self._at = 0.0
@@ -115,10 +128,9 @@ class Handover:
         self._decision.set("held")
         self._link.control.cancel(reason)
         self._run_on()
-        self._link.control.linger()
-        heard = not ready or isinstance(self._link.control.failure, Cancelled)
+        heard = self._link.control.linger() or not ready
         if heard:
-            self._decision.release()
+            self._decision.close()
         return heard
 
     def _run_on(self) -> None:
@@ -142,8 +154,7 @@ class Handover:
             except Cancelled:
                 self._back("none")
                 raise
-            except PeerDied as died:
-                self._back(died.decision)
+            except Abandoned:
                 raise
             except MigrationError as error:
                 begin = self._again(error)
@@ -156,8 +167,8 @@ class Handover:
         return self._decision.value == "held"
 
     def stop(self) -> None:
-        """No more attempts to reach the destination."""
-        self._stop.set()
+        """Has what waits for the destination look whether anybody still wants that."""
+        self._link.control.fail(Abandoned("nobody waits for the destination any more"))
 
     def say_held(self) -> None:
         """Until the destination has heard that the guest runs on here, or has died."""
@@ -165,11 +176,11 @@ class Handover:
             self._link.again(self._stop)
         except PeerDied:
             pass
-        except Cancelled:  # nobody waits: the witness will say so, when this process ends
+        except Abandoned:  # nobody waits: the witness will say so, when this process ends
             return
         else:
             self._link.say_held()
-        self._decision.release()
+        self._decision.close()
 
     def _serve(self) -> None:
         control = self._link.control
@@ -203,12 +214,17 @@ class Handover:
             self._tell(Resumed(self._now(), epoch=self._link.breaks, missing=self._rest.missing))
 
     def _again(self, error: MigrationError) -> bool:
-        """After a break. Is COMMIT to be sent anew?"""
+        """After a break. Is COMMIT to be sent anew? Raises PeerDied, Abandoned, and Cancelled where the guest runs on
+        here."""
         if self._rest is not None:
             self._rest.stop()
-        self._link.check_witness(_WITNESS)
-        self._tell(Broken(self._now(), reason=str(error)))
-        theirs = self._link.again(self._stop)
+        try:
+            self._link.check_witness(_WITNESS)
+            self._tell(Broken(self._now(), reason=str(error)))
+            theirs = self._link.again(self._stop)
+        except PeerDied as died:
+            self._back(died.decision)
+            raise
         self._report.breaks = self._link.breaks
         if theirs == "none":
             self._back("none")

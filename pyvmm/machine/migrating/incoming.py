@@ -6,41 +6,23 @@ from __future__ import annotations
 import secrets
 import threading
 
-from pyvmm.errors import BadInput, MigrationError, ProtocolError, PyvmmError, StateError
-from pyvmm.layout import BLOCK_SIZE, PAGE_SIZE
+from pyvmm.errors import BadInput, MigrationError, PyvmmError, StateError
+from pyvmm.machine.migrating.arriving import Arriving
+from pyvmm.machine.migrating.filling import Filling
 from pyvmm.machine.migrating.session import Session
+from pyvmm.machine.migrating.taking import Taking, places
 from pyvmm.machine.shape import build
 from pyvmm.memory.source import UNITS
 from pyvmm.migration.accepting import Acceptor
 from pyvmm.migration.address import parse_address
-from pyvmm.migration.control import Cancelled, Control
+from pyvmm.migration.control import Abandoned, Cancelled, Control
 from pyvmm.migration.decision import Decision
-from pyvmm.migration.events import Connected, Report, Switched
-from pyvmm.migration.frames import (
-    FEATURES,
-    MODES,
-    Commit,
-    Complete,
-    Done,
-    Large,
-    Prepare,
-    Ready,
-    Round,
-    RoundDone,
-    Source,
-    States,
-    Taken,
-    Welcome,
-)
-from pyvmm.migration.local import accept
+from pyvmm.migration.events import Connected, Report
+from pyvmm.migration.frames import FEATURES, MODES, Welcome
 from pyvmm.migration.opening import Terms
 from pyvmm.migration.order import DESTINATION, Order
-from pyvmm.migration.pages import Arrivals, PageChannel
-from pyvmm.migration.receiving import Receiver
 from pyvmm.migration.shape import decode_shape
 from pyvmm.migration.transport import listen as listen_at
-from pyvmm.snapshot.format import checksum
-from pyvmm.snapshot.states import decode
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -98,8 +80,9 @@ class Incoming(Session):
         self._tls = tls
         self._vm: VM | None = None
         self._running = threading.Event()
-        self._closing = False
-        self._control: Control | None = None
+        self._closing = threading.Event()
+        self._handed = False
+        self._taking: Taking | None = None
         self._decision: Decision | None = None
         recorder = None
         if capture is not None:
@@ -118,7 +101,7 @@ class Incoming(Session):
         will, TimeoutError."""
         if not self._running.wait(timeout):
             raise TimeoutError(f"no guest has moved here in {timeout:g} s")
-        if self._vm is None or self._decision is None or self._decision.value != "taken":
+        if self._vm is None or not self._runs_here():
             self.result()
             raise MigrationError("no guest has moved here")
         self._handed = True
@@ -126,20 +109,19 @@ class Incoming(Session):
 
     def cancel(self, reason: str = "it was cancelled") -> None:
         """No guest is wanted here any more, unless it runs here by now."""
-        self._closing = True
-        control = self._control
-        if control is not None:
-            control.fail(Cancelled(reason))
+        self._closing.set()
+        if self._taking is not None and not self._runs_here():
+            self._taking.control.fail(Cancelled(reason))
 
     def close(self) -> None:
-        """Ends it, and the VM too, unless that was given out by vm()."""
-        self.cancel("the destination is closed")
+        """Ends it, and the VM too, unless that was given out by vm(). A guest whose pages are not all here is lost."""
+        self._closing.set()
+        if self._taking is not None:
+            self._taking.control.fail(Abandoned("the destination is closed"))
         if threading.current_thread() is not self._thread:
             self._thread.join()
         if self._vm is not None and not self._handed:
             self._vm.close()
-
-    _handed = False
 
     def __enter__(self) -> Incoming:
         return self
@@ -155,14 +137,11 @@ class Incoming(Session):
     def _run(self) -> Report:
         try:
             while True:
-                if self._closing:
-                    raise Cancelled("closed before a guest moved here")
                 found = self._acceptor.hello(_WAIT)
-                if found is None:
-                    continue
-                report = self._one(*found)
-                if report is not None:
-                    return report
+                if self._closing.is_set():
+                    raise Cancelled("closed before a guest moved here")
+                if found is not None:
+                    return self._one(*found)
         finally:
             self._running.set()
 
@@ -170,89 +149,70 @@ class Incoming(Session):
         """One migration."""
         order = Order(DESTINATION)
         order.came(hello)
-        control = self._control = Control(connection, order)
+        control = Control(connection, order)
         self._stack.callback(control.close)
-        mode = next(name for name, number in MODES.items() if number == hello.mode)
+        control.start()
         try:
-            shape = decode_shape(hello.shape)
-            vm = self._vm = build(self._kind, shape, self._output)
+            vm = self._vm = build(self._kind, decode_shape(hello.shape), self._output)
         except PyvmmError as error:
             control.refuse(str(error))
             raise
-        decision = self._decision = self._stack.enter_context(Decision(DESTINATION))
-        try:
-            known = FEATURES["large"] | FEATURES["postcopy"] | (FEATURES["local"] if self._local else 0)
-            features = hello.features & known
-            terms = Terms(hello.id, hello.token, secrets.token_bytes(32), mode, hello.channels, features)
-            self._acceptor.expect(terms, [("pages", index) for index in range(terms.channels)])
-            control.send(Welcome(features, terms.channels, terms.resume))
-            return self._receive(vm, control, decision, terms)
-        except PyvmmError as error:
-            if decision.value != "taken":
-                if decision.value == "ready":
-                    decision.set("none")
-                control.cancel(str(error))
-                control.linger()
-                vm.close()
-            raise
-
-    def _receive(self, vm: VM, control: Control, decision: Decision, terms: Terms) -> Report:
-        transport = self.address.partition(":")[0]
-        report = Report("destination", terms.mode, "tls" if self._tls else transport, terms.channels, vm.memory.size)
-        pages = vm.memory.size // PAGE_SIZE
-        channels = []
-        for index in range(terms.channels):
-            connection = self._acceptor.joined("pages", index)
-            self._stack.callback(connection.close)
-            channels.append(PageChannel(connection, vm.memory.base, pages))
-        receiver = Receiver(channels)
-        control.on_end = receiver.end
-        self._tell(
-            Connected(self._now(), peer=control.peer, mode=terms.mode, channels=len(channels), local=self._local)
+        mode = next(name for name, number in MODES.items() if number == hello.mode)
+        transport = "tls" if self._tls else self.address.partition(":")[0]
+        report = Report("destination", mode, transport, hello.channels, vm.memory.size)
+        offered = FEATURES["large"] | FEATURES["postcopy"] | (FEATURES["local"] if self._local else 0)
+        features = hello.features & offered
+        terms = Terms(hello.id, hello.token, secrets.token_bytes(32), mode, hello.channels, features)
+        decision = self._decision = Decision(DESTINATION)
+        taking = self._taking = Taking(
+            vm, self._acceptor, control, decision, terms, report, self._closing, self._running, self._tell, self._now
         )
-        large = bytearray()
-        frame = control.next()
-        if isinstance(frame, Source):
-            if "local" not in terms.features:
-                raise ProtocolError(f"{control.peer} sent SOURCE, and that was not agreed on")
-            accept(control.connection, frame, channels)
-            frame = control.next()
-        while isinstance(frame, Large):
-            large += frame.bits
-            frame = control.next()
-        blocks = -(-pages * PAGE_SIZE // BLOCK_SIZE)
-        arrivals = Arrivals(pages, bytes(large) if len(large) * 8 >= blocks else None)
-        seen = 0
-        while type(frame) is Round:
-            came = receiver.round(arrivals, frame.round, frame.pages)
-            seen += came
-            control.send(RoundDone(frame.round, came))
-            frame = control.next()
-        states = bytearray()
-        while isinstance(frame, States):
-            states += frame.data
-            frame = control.next()
-        if not isinstance(frame, Prepare):
-            raise ProtocolError(f"{control.peer} sent {frame.name()}, and PREPARE was to come")
-        if checksum(states) != frame.checksum:
-            raise ProtocolError("the states came damaged")
+        self._stack.callback(taking.close)
         try:
-            vm.restore_state(decode(bytes(states)))
+            self._acceptor.expect(terms, places(terms, pages=True))
+            control.send(Welcome(features, terms.channels, terms.resume))
+            self._fill(vm, taking, terms, report)
+        except PyvmmError as error:
+            self._not_ours(vm, taking, decision, error)
+            raise
+        taking.finish()
+        if taking.arriving is not None:
+            taking.arriving.fill_in(report)
+        report.large_after = vm.memory.large_blocks()
+        self._finished(report)
+        taking.farewell()
+        decision.close()
+        return report
+
+    def _fill(self, vm: VM, taking: Taking, terms: Terms, report: Report) -> None:
+        """All up to the moment in which the guest runs here."""
+        filling = Filling(vm, taking.control, terms)
+        filling.join(self._acceptor, self._stack)
+        taking.witness()
+        self._tell(
+            Connected(
+                self._now(), peer=taking.control.peer, mode=terms.mode, channels=terms.channels, local=self._local
+            )
+        )
+        away = filling.receive(report)
+        if away is not None:
+            taking.arriving = Arriving(vm.memory, filling.large, self._unit, filling.away)
+            assert filling.urgent is not None
+            taking.arriving.join(filling.pages, filling.urgent, filling.source)
+        try:
+            vm.restore_state(filling.state)
         except StateError as error:
             raise MigrationError(f"the states do not go in here: {error}") from None
         if self._prepare is not None:
             self._prepare(vm)
-        decision.set("ready")
-        control.send(Ready(0))
-        control.expect(Commit)
-        decision.set("taken")
-        vm.start()
-        self._running.set()
-        control.send(Taken())
-        self._tell(Switched(self._now(), downtime=0.0, away=0))
-        control.send(Complete())
-        control.expect(Done)
-        decision.release()
-        report.wire_bytes, report.page_bytes = receiver.wire_bytes, receiver.page_bytes
-        report.zero_pages, report.state_bytes = receiver.zero_pages, len(states)
-        return report
+        taking.take(away or 0)
+
+    def _not_ours(self, vm: VM, taking: Taking, decision: Decision, error: PyvmmError) -> None:
+        """The guest does not come here: the other side is told, if it is there."""
+        open_ended = decision.value == "ready"
+        decision.set("none")
+        taking.control.cancel(str(error))
+        heard = taking.control.linger()
+        vm.close()
+        if heard or not open_ended:
+            decision.close()  # else the witness has it to say, when this process ends

@@ -7,20 +7,20 @@ from __future__ import annotations
 import threading
 
 from pyvmm.errors import BadInput, LifecycleError, MigrationError, PyvmmError
-from pyvmm.layout import PAGE_SIZE, parse_size
+from pyvmm.layout import parse_size
 from pyvmm.machine.migrating.handover import Handover
 from pyvmm.machine.migrating.precopy import Precopy
 from pyvmm.machine.migrating.session import Session
 from pyvmm.migration.address import parse_address
-from pyvmm.migration.control import Cancelled, Control
+from pyvmm.migration.control import Cancelled
 from pyvmm.migration.convergence import POSTCOPY
 from pyvmm.migration.decision import Decision
 from pyvmm.migration.events import Connected, Report
 from pyvmm.migration.frames import MAX_CHANNELS, MODES
+from pyvmm.migration.link import Link
 from pyvmm.migration.local import disallow, offer
 from pyvmm.migration.opening import Ways
 from pyvmm.migration.order import SOURCE
-from pyvmm.migration.pages import PageChannel
 from pyvmm.migration.sending import Sender
 
 TYPE_CHECKING = False
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from typing import Literal, TypedDict
 
     from pyvmm.machine.machine import VM
-    from pyvmm.migration.opening import Terms
     from pyvmm.migration.tls import Tls
 
     class MigrateOptions(TypedDict, total=False):
@@ -100,26 +99,26 @@ class Outgoing(Session):
         self._tracker = tracker
         self._tls = tls
         self._capture = capture
-        self._control: Control | None = None
-        self._handover: Handover | None = None
+        self._ending = threading.Event()
         self._cancelled = ""
-        self._committing = threading.Lock()  # who holds it: a cancel comes before the commit point, or not at all
-        self._decision: Decision | None = None
+        self._handover: Handover | None = None
         if vm.leaving is not None and not vm.leaving.done:
             raise LifecycleError("the guest is moving already: cancel that first")
         vm.leaving = self
         self._thread.start()
 
     def cancel(self, reason: str = "it was cancelled") -> None:
-        """Calls it off, unless the guest runs at the destination by now."""
-        with self._committing:
-            self._cancelled = reason
-            if self._control is not None and (self._decision is None or self._decision.value != "given"):
-                self._control.fail(Cancelled(reason))
+        """Calls it off, unless the guest has been given away by now."""
+        self._cancelled = reason
+        if self._handover is not None:
+            self._handover.cancel(reason)
 
     def end(self, reason: str) -> None:
-        """Cancels it, and waits until it has ended."""
+        """Cancels it, gives up what still waits for the destination, and waits until it has ended."""
         self.cancel(reason)
+        self._ending.set()
+        if self._handover is not None:
+            self._handover.stop()
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
@@ -131,28 +130,35 @@ class Outgoing(Session):
     def _run(self) -> Report:
         transport = "tls" if self._tls is not None else self.address.kind
         report = Report("source", self._mode, transport, self._channels, self._vm.memory.size)
-        decision = self._decision = self._stack.enter_context(Decision(SOURCE))
+        decision = Decision(SOURCE)
+        precopy = None
         try:
-            control, sender, terms = self._open(report)
-        except PyvmmError:
-            decision.release()
+            link = self._open(report, decision)
+            handover = self._handover = Handover(self._vm, link, decision, report, self._tell, self._now, self._ending)
+            precopy = self._precopy(link)
+            try:
+                switch = self._before(link, precopy, report)
+                handover.switch(precopy, switch == POSTCOPY)
+            except PyvmmError as error:
+                precopy.close()
+                heard = handover.undo(str(error))
+                if not heard:  # a destination that is ready for the guest must hear that it does not come
+                    self._failed(error)
+                    handover.say_held()
+                raise
+        except BaseException:
+            if self._handover is None:
+                decision.close()
             raise
-        precopy = Precopy(self._vm, sender, self._limits, self._mode, self._tracker, self._tell, self._now)
-        self._stack.callback(precopy.close)
-        handover = self._handover = Handover(self._vm, control, decision, self._committing, report)
-        try:
-            if "large" in terms.features:
-                precopy.tell_large(control, report)
-            switch = POSTCOPY
-            if self._mode != "postcopy":
-                switch = precopy.rounds(control, report)
-            handover.switch(precopy, switch == POSTCOPY)
-        except PyvmmError as error:
-            handover.undo(str(error))
-            raise
+        finally:
+            if precopy is not None:
+                precopy.close()
+        handover.complete()
+        precopy.fill_in(report)
+        decision.close()
         return report
 
-    def _open(self, report: Report) -> tuple[Control, Sender, Terms]:
+    def _open(self, report: Report, decision: Decision) -> Link:
         recorder = None
         if self._capture is not None:
             from pyvmm.migration.capture import Recorder
@@ -161,20 +167,33 @@ class Outgoing(Session):
         ways = Ways(self.address, self._tls, recorder)
         local = self.address.kind == "local"
         control, terms = ways.hello(self._vm.shape(), self._mode, self._channels, local, self._stack)
-        self._control = control
-        if self._cancelled:
-            control.fail(Cancelled(self._cancelled))
-        ram, pages = self._vm.memory.base, self._vm.memory.size // PAGE_SIZE
-        connections = [ways.join(terms, "pages", index, self._stack) for index in range(terms.channels)]
-        channels = [PageChannel(connection, ram, pages) for connection in connections]
-        if local and "local" not in terms.features:
+        link = Link(ways, terms, control, decision, self._vm.memory)
+        self._stack.callback(link.close)
+        if local and not link.local:
             raise MigrationError(f"{control.peer} does not read pages itself: use unix:{self.address.path}")
-        if local:
-            control.send(offer(control.connection, ram, channels))
-            self._stack.callback(disallow)
-        sender = Sender(self._vm.memory, channels, self._rate, local)
-        self._stack.callback(sender.end)
-        control.on_end = sender.end
+        if self._mode != "precopy" and "postcopy" not in terms.features:
+            raise MigrationError(f"{control.peer} cannot run a guest before all its pages are there: use mode precopy")
+        link.join()
         report.channels = terms.channels
         self._tell(Connected(self._now(), peer=control.peer, mode=self._mode, channels=terms.channels, local=local))
-        return control, sender, terms
+        return link
+
+    def _precopy(self, link: Link) -> Precopy:
+        memory, control = self._vm.memory, link.control
+        if link.local:
+            control.send(offer(control.connection, memory.base))
+            self._stack.callback(disallow)
+        sender = Sender(memory, link.pages, self._rate, link.local)
+        self._stack.callback(sender.end)
+        control.on_end = sender.end
+        return Precopy(self._vm, sender, self._limits, self._mode, self._tracker, self._tell, self._now)
+
+    def _before(self, link: Link, precopy: Precopy, report: Report) -> str:
+        """All up to the switch; how that is to be done."""
+        if self._cancelled:
+            link.control.fail(Cancelled(self._cancelled))
+        if "large" in link.terms.features:
+            precopy.tell_large(link.control, report)
+        if self._mode != "precopy":
+            precopy.bring_here()
+        return POSTCOPY if self._mode == "postcopy" else precopy.rounds(link.control, report)

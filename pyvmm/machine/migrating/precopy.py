@@ -124,6 +124,14 @@ class Precopy:
             control.check()
         self._round_done(control)
 
+    def bring_here(self) -> None:
+        """Before a switch to post-copy: what is in homes that may fail comes back to the guest, which runs on, while
+        that can still be said to anybody."""
+        memory = self._vm.memory
+        for home in () if memory.hugetlb else ("file", "swap", "peer", "shared"):
+            for first, count in memory.engine.at_home(home).runs():
+                memory.engine.install(first, count)
+
     def stand(self) -> PageSet:
         """The VM stands, and goes on in post-copy: all that is not there, or has changed since."""
         assert self._trace is not None

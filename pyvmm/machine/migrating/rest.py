@@ -8,7 +8,6 @@ import threading
 from pyvmm.errors import PyvmmError
 from pyvmm.layout import PAGE_SIZE
 from pyvmm.memory.pageset import PageSet
-from pyvmm.migration.pages import PageChannel
 from pyvmm.migration.peer import Served
 
 TYPE_CHECKING = False
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
     from pyvmm.memory import GuestMemory
     from pyvmm.migration.events import Report
     from pyvmm.migration.link import Link
+    from pyvmm.migration.pages import PageChannel
 
 
 class Rest:
@@ -42,17 +42,11 @@ class Rest:
 
     def start(self) -> None:
         """Serves, in threads: one for what touches ask for, one for each pages channel."""
-        ram, pages = self._memory.base, self._memory.size // PAGE_SIZE
         assert self._link.urgent is not None
-        urgent = PageChannel(self._link.urgent, ram, pages)
-        rest = [PageChannel(connection, ram, pages) for connection in self._link.pages]
-        if self._link.local:
-            for channel in (urgent, *rest):
-                channel.stream.pulled = 1
-        self._channels = [urgent, *rest]
+        self._channels = [self._link.urgent, *self._link.pages]
         self._stopping = False
-        self._run("migration urgent", self._served.serve, urgent)
-        for channel in rest:
+        self._run("migration urgent", self._served.serve, self._link.urgent)
+        for channel in self._link.pages:
             self._run("migration pages", self._served.send_all, channel)
 
     def stop(self) -> None:
@@ -67,8 +61,8 @@ class Rest:
         self._channels.clear()
 
     def note(self, first: int, count: int, bits: bytes) -> bool:
-        """A piece of what the destination says that it has, after a break. True when that was the last one: then what it
-        has not got is sent."""
+        """A piece of what the destination says that it has, after a break. True when that was the last one: then what
+        it has not got is sent."""
         self._told.put(first, count, bits)
         if first + count < self._told.pages:
             return False

@@ -87,22 +87,33 @@ class Session:
         """After a failure: does the guest go on here?"""
         raise NotImplementedError
 
+    def _failed(self, error: PyvmmError) -> None:
+        """It came to nothing: whoever waits hears of it, though the thread may still have something to do."""
+        self._end(Failed(self._now(), reason=str(error), runs=self._runs_here()), error, None)
+
+    def _finished(self, report: Report) -> None:
+        """It came about, likewise."""
+        report.seconds = self._now()
+        self._end(Finished(self._now(), report=report), None, report)
+
+    def _end(self, event: Event, error: PyvmmError | None, report: Report | None) -> None:
+        with self._news:
+            if self._ended:
+                return
+            self._error, self._report = error, report
+            self._events.append(event)
+            self._ended = True
+            self._news.notify_all()
+
     def _main(self) -> None:
-        report, failure = None, None
         try:
             with self._stack:
                 report = self._run()
         except PyvmmError as error:
-            failure = error
+            self._failed(error)
         except BaseException as error:
             failure = MigrationError(f"the migration failed: {type(error).__name__}: {error}")
             failure.__cause__ = error
-        self._error, self._report = failure, report
-        if failure is not None:
-            self._tell(Failed(self._now(), reason=str(failure), runs=self._runs_here()))
-        elif report is not None:
-            report.seconds = self._now()
-            self._tell(Finished(self._now(), report=report))
-        with self._news:
-            self._ended = True
-            self._news.notify_all()
+            self._failed(failure)
+        else:
+            self._finished(report)

@@ -11,7 +11,7 @@ from pyvmm.errors import MigrationError, PeerGone
 from pyvmm.layout import PAGE_SIZE
 from pyvmm.machine.migrating.arriving import Arriving
 from pyvmm.memory.pageset import PageSet
-from pyvmm.migration.control import Cancelled, Control
+from pyvmm.migration.control import Abandoned, Cancelled, Control
 from pyvmm.migration.decision import Watch
 from pyvmm.migration.events import Broken, Resumed, Switched
 from pyvmm.migration.frames import DECISIONS, MAX_BITS, Commit, Complete, Done, Have, Ready, Refuse, Taken
@@ -104,8 +104,8 @@ class Taking:
     # ---- ready ----
 
     def take(self, away: int) -> None:
-        """Says READY, waits for COMMIT, and runs the guest. away: pages that come after that. Raises MigrationError where
-        the guest is not ours, and will not be."""
+        """Says READY, waits for COMMIT, and runs the guest. away: pages that come after that. Raises MigrationError
+        where the guest is not ours, and will not be."""
         self._decision.set("ready")
         began = time.perf_counter()
         first = True
@@ -115,7 +115,7 @@ class Taking:
                     self.control.send(Ready(away))
                 self.control.expect(Commit)
                 break
-            except Cancelled:
+            except (Abandoned, Cancelled):
                 raise
             except MigrationError as error:
                 first = False
@@ -156,6 +156,8 @@ class Taking:
                 self._complete = True
                 self.control.send(Complete())
                 return
+            except Abandoned:
+                raise
             except MigrationError as error:
                 if self._goes_on(error):
                     return
@@ -168,7 +170,7 @@ class Taking:
                 self._decision.release()
                 return
             except MigrationError as error:
-                with suppress(Cancelled):
+                with suppress(Abandoned):
                     if self._goes_on(error):
                         return
                     self.control.send(Complete())
@@ -230,7 +232,7 @@ class Taking:
         while True:
             self._check_witness(0)
             if self._closing.is_set():
-                raise Cancelled("nobody waits for the source any more")
+                raise Abandoned("nobody waits for the source any more")
             found = self._acceptor.resume(_LOOK)
             if found is None:
                 continue
