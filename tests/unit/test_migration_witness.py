@@ -188,9 +188,8 @@ def pair():
 
 @pytest.fixture(params=[SOURCE, DESTINATION])
 def decision(request):
-    made = Decision(request.param)
-    yield made
-    made.close()
+    with Decision(request.param) as made:
+        yield made
 
 
 # ---- decisions ----
