@@ -114,3 +114,20 @@ uint64_t pv_bits_runs(const uint64_t *bits, uint64_t pages, uint64_t *next, stru
     *next = at;
     return found;
 }
+
+uint32_t pv_runs_cut(const struct pv_run_pages *runs, uint64_t count, uint64_t *run, uint64_t *done, uint64_t *limit,
+                     struct pv_run_pages *out, uint32_t room)
+{
+    uint32_t used = 0;
+    while (*run < count && *limit && used < room) {
+        uint64_t left = runs[*run].count - *done, take = left < *limit ? left : *limit;
+        out[used++] = (struct pv_run_pages){.first = runs[*run].first + *done, .count = take};
+        *limit -= take;
+        *done += take;
+        if (take == left) {
+            ++*run;
+            *done = 0;
+        }
+    }
+    return used;
+}

@@ -123,6 +123,8 @@ int pv_userfaultfd_device(int device, int flags) PV_CHECKED;
 
 /* Puts the file's first `size` bytes, shared, where pv_map mapped memory: the file then has its alignment. */
 int pv_map_file(void *address, size_t size, int fd) PV_CHECKED;
+/* Lets that process read our memory by process_vm_readv, where the kernel restricts it (Yama). 0: nobody. */
+int pv_allow_reader(int pid) PV_CHECKED;
 
 /* ---- bits.c: page bitmaps, one bit a small page of RAM ---- */
 
@@ -146,6 +148,10 @@ uint64_t pv_bits_count_runs(const uint64_t *bits, uint64_t pages);
 /* Writes the runs from page *next on, at most `room` of them, and returns how many; *next is then where to go on, and
  * no less than `pages` at the end. */
 uint64_t pv_bits_runs(const uint64_t *bits, uint64_t pages, uint64_t *next, struct pv_run_pages *runs, uint64_t room);
+/* The next *limit pages of these runs, from page *done of run *run on, as at most `room` runs; these say where to go on,
+ * and how many pages are missing. Returns how many runs. */
+uint32_t pv_runs_cut(const struct pv_run_pages *runs, uint64_t count, uint64_t *run, uint64_t *done, uint64_t *limit,
+                     struct pv_run_pages *out, uint32_t room);
 
 /* ---- ring.c: dirty rings ---- */
 

@@ -138,7 +138,7 @@ static int flush(struct batch *batch)
         return error;
     for (uint32_t i = 0; i < batch->frames; i++) {
         const struct pv_run_frame *frame = &batch->frame[i];
-        if (frame->type == PV_FRAME_BYTES)
+        if (frame->type == PV_FRAME_BYTES || frame->type == PV_FRAME_PULL)
             batch->stream->bytes_pages += frame->count;
         else if (frame->type == PV_FRAME_ZEROS)
             batch->stream->zero_pages += frame->count;
@@ -183,6 +183,14 @@ static int add_zeros(struct batch *batch, struct zeros *zeros, uint32_t round)
     return error;
 }
 
+/* Pages with their bytes behind them, or for the other side to read. */
+static int add_bytes(struct batch *batch, const uint8_t *ram, uint64_t page, uint32_t count, uint32_t round)
+{
+    if (batch->stream->pulled)
+        return add(batch, PV_FRAME_PULL, page, count, round, NULL);
+    return add(batch, PV_FRAME_BYTES, page, count, round, ram + page * PAGE);
+}
+
 static int add_run(struct batch *batch, const uint8_t *ram, uint64_t first, uint64_t count, uint32_t round, bool scan)
 {
     struct zeros zeros = {0};
@@ -199,7 +207,7 @@ static int add_run(struct batch *batch, const uint8_t *ram, uint64_t first, uint
         while (next < stop && !(scan && is_zero(ram + next * PAGE)))
             next++;
         if (!error)
-            error = add(batch, PV_FRAME_BYTES, page, (uint32_t)(next - page), round, ram + page * PAGE);
+            error = add_bytes(batch, ram, page, (uint32_t)(next - page), round);
         if (error)
             return error;
         page = next;
@@ -327,6 +335,39 @@ int pv_recv_run(struct pv_stream *stream, uint8_t *ram, uint64_t pages, uint64_t
     return error;
 }
 
+int pv_pull_run(struct pv_stream *stream, uint8_t *ram, uint64_t pages, uint64_t first, uint32_t count)
+{
+    if (!in_ram(pages, first, count) || stream->pull_pid <= 0)
+        return -EINVAL;
+    size_t size = (size_t)count * PAGE, done = 0;
+    while (done < size) {
+        struct iovec to = {.iov_base = ram + first * PAGE + done, .iov_len = size - done};
+        struct iovec from = {.iov_base = (void *)(uintptr_t)(stream->pull_ram + first * PAGE + done),
+                             .iov_len = size - done};
+        ssize_t read = process_vm_readv(stream->pull_pid, &to, 1, &from, 1, 0);
+        if (read < 0)
+            return errno == ESRCH ? -ECONNRESET : -errno;
+        if (read == 0)
+            return -EFAULT;
+        done += (size_t)read;
+    }
+    stream->bytes_pages += count;
+    return 0;
+}
+
+int pv_take_run(struct pv_stream *stream, uint8_t *ram, uint64_t pages, const struct pv_run_frame *frame)
+{
+    if (frame->type == PV_FRAME_PULL)
+        return pv_pull_run(stream, ram, pages, frame->first, frame->count);
+    return pv_recv_run(stream, ram, pages, frame->first, frame->count);
+}
+
+uint32_t pv_run_types(const struct pv_stream *stream)
+{
+    return 1u | 1u << (PV_FRAME_ZEROS - PV_FRAME_BYTES) | 1u << (PV_FRAME_END - PV_FRAME_BYTES) |
+           (stream->pull_pid > 0 ? 1u << (PV_FRAME_PULL - PV_FRAME_BYTES) : 0);
+}
+
 static bool is_set(const uint64_t *bits, uint64_t at)
 {
     /* relaxed: other streams set bits of other pages in the same word */
@@ -356,7 +397,7 @@ static bool claim(uint64_t *bits, uint64_t first, uint64_t count)
 int pv_recv_runs(struct pv_stream *stream, uint8_t *ram, uint64_t pages, const struct pv_arrivals *arrivals,
                  uint64_t limit, struct pv_run_frame *end)
 {
-    const uint32_t types = 1u << (PV_FRAME_ZEROS - PV_FRAME_BYTES) | 1u << (PV_FRAME_END - PV_FRAME_BYTES) | 1u;
+    const uint32_t types = pv_run_types(stream);
     if (!limit)
         return -EINVAL;
     for (uint64_t came = 0; came < limit; came += end->count) {
@@ -378,7 +419,7 @@ int pv_recv_runs(struct pv_stream *stream, uint8_t *ram, uint64_t pages, const s
             continue;
         }
         pv_bits_set(arrivals->held, end->first, end->count); /* before: some bytes may be stored when it fails */
-        error = pv_recv_run(stream, ram, pages, end->first, end->count);
+        error = pv_take_run(stream, ram, pages, end);
         if (error)
             return error;
     }

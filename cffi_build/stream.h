@@ -65,6 +65,11 @@ struct pv_stream {
     uint64_t runs, bytes_pages, zero_pages, wire_bytes;
     struct pv_noted *notes; /* NULL: no capture */
     uint64_t notes_room, notes_used, notes_lost;
+    /* Both sides are on one host: pulled, at the source: PULL goes in place of BYTES. At the destination the process that
+     * runs of bytes are read out of, and where page 0 lies there; 0: PULL is refused. */
+    uint32_t pulled;
+    int32_t pull_pid;
+    uint64_t pull_ram;
     uint8_t ahead[PV_STREAM_AHEAD * PV_RUN_FRAME];
     uint32_t ahead_at, ahead_used;
 };
@@ -89,6 +94,14 @@ int pv_recv_frame(struct pv_stream *stream, uint64_t pages, uint32_t types, stru
 /* Receives the bytes of a BYTES frame to `ram` + first * 4096: guest memory, or a staging area of the same layout.
  * -EINVAL where that is not in `pages`, else as pv_recv_frame. */
 int pv_recv_run(struct pv_stream *stream, uint8_t *ram, uint64_t pages, uint64_t first, uint32_t count) PV_CHECKED;
+
+/* Reads the bytes of a PULL frame out of the source's memory, likewise. -ECONNRESET where that process is gone, -EPERM
+ * where it may not be read, -EFAULT where its pages are not there. */
+int pv_pull_run(struct pv_stream *stream, uint8_t *ram, uint64_t pages, uint64_t first, uint32_t count) PV_CHECKED;
+/* Whichever of both it is. */
+int pv_take_run(struct pv_stream *stream, uint8_t *ram, uint64_t pages, const struct pv_run_frame *frame) PV_CHECKED;
+/* What may come on a pages channel: for pv_recv_frame. */
+uint32_t pv_run_types(const struct pv_stream *stream);
 
 /* What the destination knows of its pages while they come; a bit a page or block, and shared by all streams. */
 struct pv_arrivals {

@@ -47,6 +47,7 @@ class Lifecycle:
         self._alive = 0  # threads that have not ended
         self._ended = threading.Event()
         self._news = threading.Event()  # for wait(): ended, or in trouble
+        self._barred = ""  # why nothing may run here
         self.paused = False
         self.trouble: PyvmmError | None = None
         self.outcome: RunResult | Crash | BaseException | None = None
@@ -68,6 +69,8 @@ class Lifecycle:
             self.require_open()
             if self.started:
                 raise LifecycleError("the VM was started already: a guest runs once")
+            if self._barred:
+                raise LifecycleError(self._barred)
             trouble, self.trouble = self.trouble, None
             if trouble is not None:
                 self._news.clear()
@@ -107,12 +110,20 @@ class Lifecycle:
 
         Raises what hold() was told where that is why a vCPU does not park."""
         self.require_foreign("wait for itself to pause")
+        return self._pause("")
+
+    def pause_for_good(self, why: str) -> float:
+        """The same, and bar(why) in one."""
+        return self._pause(why)
+
+    def _pause(self, bar: str) -> float:
         begin = time.perf_counter()
         with self._pausing:
             with self._lock:
                 self.require_open()
                 if not self.started:
                     raise LifecycleError("the VM is not started: there is nothing to pause")
+                self._barred = self._barred or bar
                 self.paused = self.outcome is None
                 for vcpu in self._vcpus if self.paused else ():  # to park now would undo the request to stop
                     vcpu.request_pause()
@@ -121,6 +132,28 @@ class Lifecycle:
             if not self.paused:
                 self._ended.wait()  # the threads are through, and only have to say so
         return time.perf_counter() - begin
+
+    def bar(self, why: str) -> None:
+        """Nobody may start or resume the vCPUs any more: another process may run the guest. "": they may again."""
+        with self._pausing, self._lock:
+            self._barred = why
+
+    def leave(self) -> None:
+        """The guest runs elsewhere: here it has ended."""
+        self.end(RunResult("migrated", 0))
+
+    def hold_back(self, seconds: float) -> None:
+        """Parks the vCPUs for so long, unless they are parked or ending anyway, so that the guest gets less done."""
+        with self._pausing:
+            with self._lock:
+                if self._closed or self.paused or self.outcome is not None or not self.started:
+                    return
+                for vcpu in self._vcpus:
+                    vcpu.request_pause()
+            time.sleep(seconds)
+            with self._lock:
+                for vcpu in self._vcpus if self.outcome is None else ():
+                    vcpu.request_run()
 
     def _await_parked(self, vcpu: Vcpu) -> None:
         end = time.monotonic() + _PAUSE_LIMIT
@@ -140,6 +173,8 @@ class Lifecycle:
             self.require_open()
             if not self.paused:
                 raise LifecycleError("the VM is not paused")
+            if self._barred:
+                raise LifecycleError(self._barred)
             self.paused = False
             trouble, self.trouble = self.trouble, None
             if trouble is not None:

@@ -29,11 +29,14 @@ if TYPE_CHECKING:
     from pyvmm.devices.serial import Serial
     from pyvmm.errors import PyvmmError
     from pyvmm.machine.incremental import Base
+    from pyvmm.machine.migrating.incoming import Incoming, ReceiveOptions
+    from pyvmm.machine.migrating.outgoing import MigrateOptions, Outgoing
     from pyvmm.machine.restoring import RestoreOptions
     from pyvmm.machine.saving import Saved, SaveOptions
     from pyvmm.memory.engine import Engine
     from pyvmm.memory.space import Pages
     from pyvmm.memory.trace import Rings, Target, Trace
+    from pyvmm.migration.shape import Shape
     from pyvmm.snapshot.lazy import FileHome
     from pyvmm.state import State
 
@@ -66,6 +69,8 @@ class VM:
         self._image_path = ""
         self.restored: FileHome | None = None
         """Where memory comes from, of a VM that was restored lazily."""
+        self.leaving: Outgoing | None = None
+        """The migration by which the guest leaves, or has tried to, last."""
         with ExitStack() as stack:
             kvm = stack.enter_context(Kvm())
             self._msrs = kvm.msr_indices
@@ -95,8 +100,8 @@ class VM:
             mmap_size = kvm.vcpu_mmap_size()
             for index in range(cpus):
                 fd = stack.enter_context(self._fd.create_vcpu(index, mmap_size))
-                fd.set_cpuid2(cpuid_for(cpuid, index, cpus, fd.tsc_khz()))
                 self.vcpus.append(Vcpu(fd, self._ports))
+                fd.set_cpuid2(cpuid_for(cpuid, index, cpus, self.vcpus[-1].tsc_khz))
                 if self._rings is not None:
                     self._rings.attach(self.vcpus[-1].native)
             if cpus > 1:
@@ -123,6 +128,8 @@ class VM:
         Must not be called on a vCPU's own thread; stop the guest there, by request_stop().
         """
         self._life.require_foreign("close it: request_stop() it there")
+        if self.leaving is not None:
+            self.leaving.end("the VM is closed")
         self._stack.close()
 
     # ---- a guest's life ----
@@ -338,6 +345,46 @@ class VM:
     def hold(self, trouble: PyvmmError) -> None:
         """Pauses the VM because of something that wait() is to raise; resume() lets it try."""
         self._life.hold(trouble)
+
+    # ---- to another process ----
+
+    def migrate(self, to: str, **options: Unpack[MigrateOptions]) -> Outgoing:
+        """Moves the running guest to the VMM that listens at `to` ("tcp:HOST:PORT", "unix:PATH", "local:PATH").
+
+        Returns at once: iterate for events, result() waits. options: see pyvmm.machine.migrating.outgoing. After that
+        wait() returns RunResult("migrated", 0); if it comes to nothing the guest runs on here. Raises BadInput.
+        """
+        from pyvmm.machine.migrating.outgoing import Outgoing
+
+        self._life.require_open()
+        return Outgoing(self, to, **options)
+
+    @classmethod
+    def receive(cls, listen: str, **options: Unpack[ReceiveOptions]) -> Incoming:
+        """Listens for a guest that moves here; vm() of what is returned waits until it runs.
+
+        options: see pyvmm.machine.migrating.incoming. Raises BadInput, HostError.
+        """
+        from pyvmm.machine.migrating.incoming import Incoming
+
+        return Incoming(cls, listen, **options)
+
+    def shape(self) -> Shape:
+        """What another process must build to take this VM over."""
+        from pyvmm.machine.shape import shape_of
+
+        self._life.require_open()
+        return shape_of(self._fd, self.vcpus, self._board, self.memory)
+
+    @property
+    def has_rings(self) -> bool:
+        """Was it made with dirty_ring?"""
+        return self._rings is not None
+
+    @property
+    def life(self) -> Lifecycle:
+        """Its vCPUs as one, for what moves them."""
+        return self._life
 
     # ---- what it writes ----
 

@@ -307,6 +307,13 @@ class Engine:
         check(result, "PAGEMAP_SCAN")
         return bytes(blocks)
 
+    def held(self) -> PageSet:
+        """The pages that may hold anything but zeros, in the guest or in a home; of a guest that runs, as it was."""
+        from pyvmm.memory.pageset import PageSet
+
+        blocks = [n for n, look in enumerate(self.looks()) if look not in ("untouched", "zero", "balloon")]
+        return PageSet(self._pages, ((n * 512, min(512, self._pages - n * 512)) for n in blocks))
+
     def at_home(self, home: str) -> PageSet:
         """The pages that are in a home; of those that come back just then, maybe."""
         from pyvmm.memory.pageset import PageSet

@@ -57,6 +57,17 @@ class PageSet:
         """A set of the pages that are not in this one."""
         return PageSet(self.pages, [(0, self.pages)]).remove(self)
 
+    def count(self) -> int:
+        """Pages in it."""
+        return lib.pv_bits_count(self.bits, self.pages)
+
+    def bytes(self) -> bytes:
+        """Bit n % 8 of byte n / 8 is page n, and no other bit is set; as many bytes as that takes."""
+        raw = bytearray(ffi.buffer(self.bits, -(-self.pages // 8)))
+        if self.pages % 8:
+            raw[-1] &= (1 << self.pages % 8) - 1
+        return bytes(raw)
+
     def runs(self) -> Runs:
         """What is in it now."""
         return Runs.from_bits(self.bits, self.pages)

@@ -134,6 +134,11 @@ class GuestMemory:
                 return region.gpa + distance
         raise MemoryAccessError(f"there is no page {page}: the VM has {self.size // PAGE_SIZE}")
 
+    @property
+    def base(self) -> CData:
+        """Where page 0 lies in our address space, for C; the mapping stays for as long as the caller holds this."""
+        return self._mapping()
+
     def _mapping(self) -> CData:
         """The mapping, which stays for as long as the caller holds this; an address within it would not hold it."""
         if self._base is None:
@@ -205,6 +210,24 @@ class GuestMemory:
         offset, size = page * PAGE_SIZE, count * PAGE_SIZE
         with self._present(offset, size):
             yield memoryview(ffi.buffer(mapping, self.size))[offset : offset + size].toreadonly()
+
+    @contextmanager
+    def pinned(self, runs: CData, count: int) -> Iterator[CData]:
+        """The mapping, in which the pages of these runs (struct pv_run_pages[count]) are present and stay within its
+        `with`. To be read by C alone. Raises FetchError."""
+        mapping = self._mapping()
+        if self._engine is None:
+            yield mapping
+            return
+        done = 0
+        try:
+            for done in range(count):
+                self._engine.pin(runs[done].first, runs[done].count)
+            done = count
+            yield mapping
+        finally:
+            for i in range(done):
+                self._engine.unpin(runs[i].first, runs[i].count)
 
     def written_views(self) -> list[tuple[int, int]]:
         """(first page, pages) in the mapping of each view that is held: who holds one may be writing there."""

@@ -68,6 +68,12 @@ class Connection:
         """The descriptor, to poll."""
         return self._socket.fileno()
 
+    def peer_credentials(self) -> bytes:
+        """Of a UNIX socket: struct ucred of who connected, or listens."""
+        import socket
+
+        return self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+
     @property
     def sequences(self) -> tuple[int, int]:
         """Of the next frame out, and in: where frames of pages go on counting."""
@@ -108,6 +114,14 @@ class Connection:
             if frames:
                 self._record(raw)
                 return frames[0]
+
+    def ready(self, seconds: float) -> bool:
+        """Has something come, or has the connection ended? Waits so long at most. Raises PeerGone once it is closed."""
+        if isinstance(self._socket, ssl.SSLSocket):
+            with self._io:
+                if self._socket.pending():
+                    return True
+        return self._poll(select.POLLIN, seconds)
 
     def _record(self, raw: bytearray) -> None:
         if self.recorder is not None and len(raw) >= HEAD_SIZE:
@@ -153,13 +167,13 @@ class Connection:
                 raise PeerGone(f"{self.peer} stalled: nothing moved in time")
             self._poll(wanted, left)
 
-    def _poll(self, events: int, seconds: float) -> None:
+    def _poll(self, events: int, seconds: float) -> bool:
         fd = self._socket.fileno()
         if fd < 0:
             raise PeerGone(f"{self.peer}: the connection is closed")
         poll = select.poll()
         poll.register(fd, events)
-        poll.poll(seconds * 1000)
+        return bool(poll.poll(seconds * 1000))
 
     def _told(self, error: OSError) -> MigrationError:
         if isinstance(error, ssl.SSLError):

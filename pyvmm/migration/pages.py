@@ -91,10 +91,17 @@ class PageChannel:
     def send(self, runs: Sequence[tuple[int, int]], round: int, zeros: bool = True) -> None:
         """Runs (first page, pages) of RAM, which are present and pinned. zeros: those that hold nothing but zeros go
         as such."""
-        table = ffi.new("struct pv_run_pages[]", list(runs))
+        self.send_table(ffi.new("struct pv_run_pages[]", list(runs)), len(runs), round, zeros)
+
+    def send_table(self, table: CData, count: int, round: int, zeros: bool = True) -> None:
+        """The same, of a table in C: struct pv_run_pages[count]."""
         self._told(
-            lib.pv_send_runs(self.stream, self._ram, self._pages, table, len(runs), round, zeros), True, "sending pages"
+            lib.pv_send_runs(self.stream, self._ram, self._pages, table, count, round, zeros), True, "sending pages"
         )
+
+    def send_zeros(self, first: int, count: int, round: int) -> None:
+        """Pages that hold nothing, and are not looked at."""
+        self._told(lib.pv_send_frame(self.stream, lib.PV_FRAME_ZEROS, first, count, round), True, "sending pages")
 
     def send_end(self, round: int, pages: int) -> None:
         """This channel has sent all its pages of the round, so many."""

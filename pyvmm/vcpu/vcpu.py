@@ -23,6 +23,7 @@ class Vcpu:
     def __init__(self, fd: VcpuFd, ports: CData) -> None:
         self.fd = fd
         self.index = fd.index
+        self.tsc_khz = fd.tsc_khz()  # asked for now, since KVM would have it wait while the vCPU runs
         self.native = ffi.new("struct pv_vcpu *")
         self.native.fd = fd.fd
         self.native.run = fd.run
