@@ -10,6 +10,7 @@ from contextlib import suppress
 
 from pyvmm.errors import MigrationError, PeerGone, ProtocolError, PyvmmError
 from pyvmm.migration.frames import CHANNELS, Hello, Join, Joined, Refuse, Resume
+from pyvmm.migration.proof import wrong_join
 from pyvmm.migration.transport import HANDSHAKE
 
 TYPE_CHECKING = False
@@ -167,8 +168,10 @@ class Acceptor:
         place = (_NAMES[frame.kind], frame.index)
         with self._news:
             terms = self._terms
-            if terms is None or not _same(frame.id, terms.id) or not _same(frame.token, terms.token):
+            if terms is None:
                 return "it belongs to no migration here"
+            if wrong := wrong_join(frame, connection, terms.id, terms.token):
+                return wrong
             if place not in self._places or self._places[place] is not None:
                 return "there is no such place, or it is taken"
             connection.send(Joined(frame.kind, frame.index), 1.0)

@@ -10,6 +10,7 @@ from pyvmm.errors import MigrationError
 from pyvmm.migration.control import Control
 from pyvmm.migration.frames import CHANNELS, FEATURES, MODES, Hello, Join, Joined, Refuse, Welcome
 from pyvmm.migration.order import SOURCE, Order
+from pyvmm.migration.proof import WITNESSES, join_key
 from pyvmm.migration.transport import HANDSHAKE, connect
 from pyvmm.record import Record
 
@@ -46,9 +47,9 @@ class Ways:
         self._recorder = recorder
         self._numbers = 0
 
-    def connect(self, timeout: float = HANDSHAKE) -> Connection:
-        """One more. Raises MigrationError, PeerGone."""
-        connection = connect(self.address, self._tls, timeout)
+    def connect(self, timeout: float = HANDSHAKE, witness: bool = False) -> Connection:
+        """One more; witness: for one. Raises MigrationError, PeerGone."""
+        connection = connect(self.address, self._tls, timeout, witness)
         connection.recorder, connection.channel = self._recorder, self._numbers
         self._numbers += 1
         return connection
@@ -70,11 +71,12 @@ class Ways:
 
     def join(self, terms: Terms, kind: str, index: int, stack: ExitStack) -> Connection:
         """A connection more of that migration; kind: of CHANNELS. `stack` closes it. Raises MigrationError."""
-        connection = stack.enter_context(self.connect())
-        connection.send(Join(terms.id, terms.token, CHANNELS[kind], index), HANDSHAKE)
+        number = CHANNELS[kind]
+        connection = stack.enter_context(self.connect(witness=number in WITNESSES))
+        connection.send(Join(terms.id, join_key(terms.token, number), number, index), HANDSHAKE)
         answer = connection.recv(HANDSHAKE)
         if isinstance(answer, Refuse):
             raise MigrationError(f"{connection.peer} refuses a connection for {kind}: {answer.reason}")
-        if not isinstance(answer, Joined) or (answer.kind, answer.index) != (CHANNELS[kind], index):
+        if not isinstance(answer, Joined) or (answer.kind, answer.index) != (number, index):
             raise MigrationError(f"{connection.peer} answers JOIN by {answer.name()}")
         return connection
