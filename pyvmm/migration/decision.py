@@ -20,9 +20,10 @@ from pyvmm.migration.proof import DECISIONS_OF, check_died, died_proof
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from types import TracebackType
+
     from pyvmm.migration.connection import Connection
 
-_NAMES = {number: name for name, number in DECISIONS.items()}
 _NEXT = {
     "held": ("held", "offered"),
     "offered": ("held", "given"),
@@ -51,23 +52,27 @@ class Decision:
                 raise
         except OSError as error:
             raise HostError(f"no memory to share with a witness: {error.strerror}") from None
-        self._page[witness.DECISION] = DECISIONS[DECISIONS_OF[side][0]]
+        self.value = DECISIONS_OF[side][0]
+        """What was decided last. It stays after close(); any thread may look."""
+        self._page[witness.DECISION] = DECISIONS[self.value]
         self._witness: tuple[int, int] | None = None
         """Its pid, and its pidfd."""
 
+    def __enter__(self) -> Decision:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
     def close(self) -> None:
-        """Releases the witness and the memory; twice is once. `value` stays."""
+        """Releases the witness and the memory; twice is once."""
         self.release()
         if self._fd >= 0:
-            self._last = self.value
             self._page.close()
             os.close(self._fd)
             self._fd = -1
-
-    @property
-    def value(self) -> str:
-        """What was decided last: of frames.DECISIONS."""
-        return _NAMES[self._page[witness.DECISION]] if self._fd >= 0 else self._last
 
     def set(self, name: str, other: str = "") -> None:
         """Decides. It holds as soon as this returns, whatever becomes of this process. other: what the other side is
@@ -81,6 +86,7 @@ class Decision:
         if old == "given" and other not in _NEVER_TAKEN:
             raise LifecycleError("the guest was given away: it comes back only from a destination that never took it")
         self._page[witness.DECISION] = DECISIONS[name]
+        self.value = name
 
     # ---- the witness ----
 

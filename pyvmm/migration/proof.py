@@ -34,7 +34,7 @@ def wrong_join(join: Join, connection: Connection, id: bytes, token: bytes) -> s
     right = hmac.compare_digest(join.id, id)  # both are looked at in any case
     right &= hmac.compare_digest(join.token, join_key(token, join.kind))
     if not right:
-        return "its id or token is of no migration here"
+        return "it belongs to no migration here"
     if connection.secure and join.kind in WITNESSES:
         return "a witness is joined without TLS, since that cannot be handed to it"
     if connection.plain_witness and join.kind not in WITNESSES:

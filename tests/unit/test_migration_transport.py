@@ -16,9 +16,13 @@ import pytest
 from pyvmm._native import ffi
 from pyvmm.errors import BadInput, HostError, LifecycleError, MigrationError, PeerGone, ProtocolError
 from pyvmm.migration import pump
+from pyvmm.migration.accepting import Acceptor
 from pyvmm.migration.address import parse_address
 from pyvmm.migration.connection import Connection
+from pyvmm.migration.decision import Decision, Watch
 from pyvmm.migration.frames import Cancel, Hello, Join, Joined, Ping, Pong, States, encode
+from pyvmm.migration.opening import Terms, Ways
+from pyvmm.migration.order import DESTINATION, SOURCE
 from pyvmm.migration.pages import Arrivals, PageChannel
 from pyvmm.migration.tls import Tls
 from pyvmm.migration.transport import connect, listen
@@ -281,6 +285,35 @@ def test_a_witness_joins_without_tls(tls):
                 each.detach()
     with both(at("tcp:0")) as (_, into):
         assert not into.plain_witness
+
+
+@pytest.mark.parametrize("kind", ["tls", "tcp"])
+def test_both_witnesses_of_a_migration(tls, kind):
+    """By the ways of both sides: each one's end goes to its own witness, and is watched at the other."""
+    ours, theirs = (tls("source"), tls("destination")) if kind == "tls" else (None, None)
+    terms = Terms(bytes(16), b"t" * 32, bytes(32), "precopy", 1, 0)
+    places = {"source-witness": SOURCE, "destination-witness": DESTINATION}
+    with ExitStack() as stack:
+        acceptor = Acceptor(listen(at("tcp:0"), theirs))
+        stack.callback(acceptor.close)
+        acceptor.expect(terms, [(place, 0) for place in places])
+        ways = Ways(acceptor._listener.address, ours)
+        with pytest.raises(MigrationError, match="refuses a connection for source-witness: it belongs to no migration"):
+            ways.join(Terms(bytes(16), bytes(32), bytes(32), "precopy", 1, 0), "source-witness", 0, stack)
+        for place, side in places.items():
+            near = ways.join(terms, place, 0, stack)
+            far = stack.enter_context(acceptor.joined(place, 0))
+            assert not near.secure
+            assert far.plain_witness == (kind == "tls")
+            own, other = (near, far) if side == SOURCE else (far, near)
+            decision = stack.enter_context(Decision(side))
+            decision.start_witness(own, terms.token)
+            watch = Watch(other, side, terms.token)
+            assert watch.died() is None
+            assert not watch.gone
+            decision.release()
+            assert watch.died(5) is None
+            assert watch.gone
 
 
 def test_who_resets_before_a_word(tls):

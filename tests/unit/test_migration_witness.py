@@ -188,9 +188,8 @@ def pair():
 
 @pytest.fixture(params=[SOURCE, DESTINATION])
 def decision(request):
-    made = Decision(request.param)
-    yield made
-    made.close()
+    with Decision(request.param) as made:
+        yield made
 
 
 # ---- decisions ----
@@ -502,7 +501,7 @@ def test_what_joins(pair, kind):
         Join(ID, join_key(TOKEN, 3 if kind != 3 else 4), kind, 0),
         *([Join(ID, TOKEN, kind, 0)] if kind > 2 else []),
     ):
-        assert "of no migration" in wrong_join(join, connection, ID, TOKEN)
+        assert "to no migration" in wrong_join(join, connection, ID, TOKEN)
     assert wrong_join(right, connection, ID, TOKEN) == ""
     connection.plain_witness = True
     assert wrong_join(right, connection, ID, TOKEN) == ("" if kind > 2 else "only a witness may do without TLS")
