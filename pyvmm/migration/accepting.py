@@ -169,7 +169,7 @@ class Acceptor:
         with self._news:
             terms = self._terms
             if terms is None:
-                return "it belongs to no migration here"
+                return "no guest moves here"
             if wrong := wrong_join(frame, connection, terms.id, terms.token):
                 return wrong
             if place not in self._places or self._places[place] is not None:
@@ -183,7 +183,7 @@ class Acceptor:
         with self._news:
             terms = self._terms
             if terms is None or not _same(frame.id, terms.id) or not _same(frame.resume, terms.resume):
-                return "it belongs to no migration here"
+                return "no such migration was begun here"
             before, self._resume = self._resume, (connection, frame)
             self._news.notify_all()
         if before is not None:

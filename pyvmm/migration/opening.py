@@ -48,7 +48,7 @@ class Ways:
         self._numbers = 0
 
     def connect(self, timeout: float = HANDSHAKE, witness: bool = False) -> Connection:
-        """One more; witness: for one. Raises MigrationError, PeerGone."""
+        """One more. Raises MigrationError, PeerGone."""
         connection = connect(self.address, self._tls, timeout, witness)
         connection.recorder, connection.channel = self._recorder, self._numbers
         self._numbers += 1
@@ -61,6 +61,7 @@ class Ways:
         id, token = secrets.token_bytes(16), secrets.token_bytes(32)
         control = Control(self.connect(), Order(SOURCE))
         stack.callback(control.close)
+        control.start()
         control.send(Hello(id, token, MODES[mode], channels, features, "", shape.encode()))
         answer = control.next(HANDSHAKE)
         if isinstance(answer, Refuse):
