@@ -8,7 +8,7 @@ import time
 from collections import deque
 from contextlib import suppress
 
-from pyvmm.errors import MigrationError, PeerGone
+from pyvmm.errors import MigrationError, PeerGone, PyvmmError
 from pyvmm.migration.connection import SILENCE
 from pyvmm.migration.frames import Cancel, Ping, Pong, Refuse
 
@@ -102,6 +102,13 @@ class Control:
         """Raises what has gone wrong, if anything has."""
         if self.failure is not None:
             raise self.failure
+
+    def why(self, error: PyvmmError) -> PyvmmError:
+        """Of an error that another connection met with: what the other side says of it, if that comes soon."""
+        if isinstance(error, PeerGone) and error is not self.failure:
+            with self._news:
+                self._news.wait_for(lambda: self.failure is not None, _CANCELLING)
+        return self.failure if isinstance(self.failure, Cancelled) else error
 
     def refuse(self, reason: str) -> None:
         """Says REFUSE instead of WELCOME."""

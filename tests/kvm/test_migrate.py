@@ -164,7 +164,9 @@ def test_an_idle_guest_is_the_same_to_the_byte(vm, incoming, listens, mode):
     for block in range(8, 24, 3):
         source.memory.write(Gpa(block * BLOCK_SIZE + 5 * PAGE_SIZE), rng.randbytes(rng.randrange(1, BLOCK_SIZE)))
     source.start()
-    assert source.expect("echo")
+    until(lambda: source.serial.listening)
+    source.type("awake")
+    assert source.expect("awake")
     target, sent, _ = moved(source, incoming, listens("unix"), mode=mode)
     target.pause()
     there, here = source.memory, target.memory
@@ -215,7 +217,9 @@ def test_console_moves(vm, incoming, listens):
     source = vm(memory="32M", output=said.append)
     source.load("echo", "")
     source.start()
-    until(lambda: b"echo" in b"".join(said))
+    until(lambda: source.serial.listening)
+    source.type("awake")
+    until(lambda: b"awake" in b"".join(said))
     target, _, _ = moved(source, incoming, listens("unix"), {"output": said.append})
     said.clear()
     target.type("one two")
@@ -398,5 +402,5 @@ def test_nobody_runs_it_twice(vm, incoming, listens):
     with pytest.raises(LifecycleError):
         source.resume()
     with pytest.raises(LifecycleError):
-        source.migrate(listens("tcp"))
+        source.migrate(listens("unix"))
     assert source.progress().guest == "verify"

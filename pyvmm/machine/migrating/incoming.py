@@ -172,9 +172,10 @@ class Incoming(Session):
             self._acceptor.expect(terms, places(terms, pages=True))
             control.send(Welcome(features, terms.channels, terms.resume))
             self._fill(vm, taking, terms, report)
-        except PyvmmError as error:
-            self._not_ours(vm, taking, decision, error)
-            raise
+        except PyvmmError as met:
+            why = taking.control.why(met)
+            self._not_ours(vm, taking, decision, why)
+            raise why from met
         taking.finish()
         if taking.arriving is not None:
             taking.arriving.fill_in(report)

@@ -139,13 +139,14 @@ class Outgoing(Session):
             try:
                 switch = self._before(link, precopy, report)
                 handover.switch(precopy, switch == POSTCOPY)
-            except PyvmmError as error:
+            except PyvmmError as met:
+                why = link.control.why(met)
                 precopy.close()
-                heard = handover.undo(str(error))
+                heard = handover.undo(str(why))
                 if not heard:  # a destination that is ready for the guest must hear that it does not come
-                    self._failed(error)
+                    self._failed(why)
                     handover.say_held()
-                raise
+                raise why from met
         except BaseException:
             if self._handover is None:
                 decision.close()

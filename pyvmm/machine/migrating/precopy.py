@@ -93,10 +93,10 @@ class Precopy:
         zeros: PageSet | None = held.complement()
         before: Runs | None = None
         while True:
-            began, wire = time.monotonic(), self._sender.wire_bytes
+            began, before_it = time.monotonic(), self._sender.page_bytes
             self._send(control, held, zeros)
             seconds = time.monotonic() - began
-            self._note_speed(self._sender.wire_bytes - wire, seconds)
+            self._note_speed(self._sender.page_bytes - before_it, seconds)
             dirty = self._trace.collect()
             self._left.remove(held)
             for first, count in dirty:
@@ -184,16 +184,21 @@ class Precopy:
 
     def _send(self, control: Control, pages: PageSet, zeros: PageSet | None) -> None:
         self._begin(control, pages, zeros)
-        total, wire, at = pages.count() + (zeros.count() if zeros else 0), self._sender.wire_bytes, time.monotonic()
+        total, before, at = pages.count() + (zeros.count() if zeros else 0), self._sender.page_bytes, time.monotonic()
         while not self._sender.done(_TICK):
             control.check()
             if self._vm.ended:
                 raise MigrationError("the guest has ended meanwhile")
-            now, bytes_now = time.monotonic(), self._sender.wire_bytes
-            speed, wire, at = (bytes_now - wire) / (now - at), bytes_now, now
+            now, done = time.monotonic(), self._sender.page_bytes
+            speed, before, at = (done - before) / (now - at), done, now
             self._tell(
                 Moving(
-                    self._now(), round=self.round, sent=self._sender.sent, pages=total, bytes=bytes_now, bandwidth=speed
+                    self._now(),
+                    round=self.round,
+                    sent=self._sender.sent,
+                    pages=total,
+                    bytes=self._sender.wire_bytes,
+                    bandwidth=speed,
                 )
             )
         self._round_done(control)
