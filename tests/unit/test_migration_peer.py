@@ -218,7 +218,7 @@ class Destination:
     def looks(self):
         large, small, looks = ffi.new("uint64_t *"), ffi.new("uint64_t *"), ffi.new("uint8_t[3]")
         assert self.fake.pv_engine_look(self.engine, large, small, looks) == 0
-        return [("untouched", "large", "small")[look] for look in looks]
+        return [("untouched", "large", "small", "away")[min(look, 3)] for look in looks]
 
     def flags(self, block):
         return self.fake.fake_block_flags(self.engine, block)
