@@ -85,7 +85,7 @@ int pv_peer_receive(struct pv_peer *peer, struct pv_inbox *inbox, struct pv_stre
 @pytest.fixture(scope="module")
 def fake(tmp_path_factory):
     """The destination's C on the stand-in."""
-    others = ("peerhome", "stream", "checksum")
+    others = ("peerhome", "inbox", "stream", "checksum")
     return ffi.dlopen(str(compile_engine(tmp_path_factory.mktemp("peer"), others=others)))
 
 
