@@ -9,7 +9,7 @@ import threading
 import pytest
 from engine_help import both_ways, until, way  # noqa: F401 (a fixture)
 
-from pyvmm import VM
+from pyvmm import VM, host
 from pyvmm.errors import BadInput, FetchError, HostError, MemoryAccessError, MigrationError, PeerGone
 from pyvmm.layout import BLOCK_SIZE, MIB, PAGE_SIZE
 from pyvmm.memory.pageset import PageSet
@@ -97,7 +97,7 @@ class Pair:
 def pairs():
     made = []
 
-    def make(guest, append="", seconds=0.3, **options):
+    def make(guest, append="", seconds=0.15, **options):
         source = VM("32M", 2, **options)
         source.load(guest, append)
         source.run(timeout=seconds)
@@ -126,9 +126,17 @@ def right(pair, **options):
     assert check_memory(machine.memory, machine.progress(), **options) == []
 
 
-@both_ways
 @pytest.mark.parametrize("unit", UNITS)
-def test_a_guest_goes_on_while_its_pages_come(pairs, way, unit):  # noqa: F811
+def test_a_guest_goes_on_while_its_pages_come(pairs, unit):
+    comes_right(pairs, unit)
+
+
+def test_a_guest_goes_on_without_move(pairs):
+    with host.without("uffd_move"):
+        comes_right(pairs, "adaptive")
+
+
+def comes_right(pairs, unit):
     pair = pairs("verify", "order=random zeros=100")
     home = pair.receive_here(unit)
     pair.target.start()
@@ -163,9 +171,8 @@ def test_large_pages_are_large_again(pairs):
     right(pair)
 
 
-@both_ways
 @pytest.mark.parametrize("pages", ["auto", "4k"])
-def test_ram_is_the_same_and_what_was_never_touched_stays_so(pairs, way, pages):  # noqa: F811
+def test_ram_is_the_same_and_what_was_never_touched_stays_so(pairs, pages):
     pair = pairs("touch", "size=6M passes=1", pages=pages)
     resident = pair.source.memory.pages()
     home = pair.receive_here()
@@ -191,6 +198,7 @@ def test_hybrid(pairs, way):  # noqa: F811
         copy.write(copy.gpa_of(first // PAGE_SIZE), memory.read(memory.gpa_of(first // PAGE_SIZE), MIB))
     for page in stale:
         copy.write(copy.gpa_of(page), b"\xee" * PAGE_SIZE)
+    large = pair.target.memory.pages().large
     home = pair.receive_here(away=PageSet(memory.size // PAGE_SIZE, [(page, 1) for page in stale]))
     pair.served.begin(home.have())
     assert home.left == len(stale)
@@ -199,6 +207,7 @@ def test_hybrid(pairs, way):  # noqa: F811
     pass_on(pair.target)
     until(lambda: home.left == 0, "all pages")
     right(pair, zeros=100)
+    assert pair.target.memory.pages().large >= large
     assert home.counts().pages + pair.served.counts().rest >= len(stale)
 
 

@@ -41,7 +41,7 @@ PEER = 5
 ADAPTIVE, UNIT_PAGE, STORE, LARGE = range(4)
 APART, CONNECTED, ENDED = range(3)
 SMALL = 1 << 2
-EXAMPLES = 45
+EXAMPLES = 20
 SECONDS = 20
 
 ffi = FFI()
@@ -187,9 +187,9 @@ class Destination:
             assert fake.pv_engine_assign_bits(self.engine, PEER, bitmap(stale), large) == 0
 
     def connect(self, sock, timeout=SECONDS):
-        self.sockets.append(sock)
-        self.urgent = stream_of(sock, timeout)
-        return self.fake.pv_peer_connect(self.peer, self.urgent)
+        stream = stream_of(sock, timeout)
+        self.sockets.append((sock, stream))  # until the end: the one before is in use while this connects
+        return self.fake.pv_peer_connect(self.peer, stream)
 
     def receive(self, sock, limit=1 << 40):
         """(result, fault) of the background; sock: where it comes from, to its end."""
@@ -239,7 +239,7 @@ class Destination:
         self.fake.pv_peer_end(self.peer, errno.ECANCELED)
         self.fake.fake_close(self.engine)
         self.fake.pv_peer_close(self.peer)
-        for sock in self.sockets:
+        for sock, _ in self.sockets:
             sock.close()
 
 
