@@ -19,7 +19,7 @@ SOURCES = (
     "engine.c", "pagemap.c", "uffd.c", "fault.c", "install.c", "remove.c", "assign.c", "blocks.c", "unit.c", "coarse.c",
     "live.c", "live_block.c", "live_drain.c", "filehome.c",
     "checksum.c", "codec.c", "pack.c", "unpack.c", "load.c",
-    "stream.c", "peerhome.c", "serve.c",
+    "stream.c", "peerhome.c", "inbox.c", "serve.c",
 )  # fmt: skip
 FLAGS = ("-std=gnu11", "-O2", "-g", "-fvisibility=hidden")
 STRICT = ("-Wall", "-Wextra", "-Werror", "-Wshadow", "-Wstrict-prototypes", "-Wvla", "-Wundef")

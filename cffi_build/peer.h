@@ -1,5 +1,5 @@
 /* peer.h: post-copy: a guest runs here, and some of its pages are still with the migration source (technique of
- * docs/migration-protocol.md, "Post-copy"). peerhome.c is the destination's side, serve.c the source's. All without the
+ * docs/migration-protocol.md, "Post-copy"). peerhome.c and inbox.c are the destination's side, serve.c the source's. All without the
  * GIL. What the other side sends may be hostile, as in stream.h. */
 #pragma once
 
@@ -43,6 +43,8 @@ void pv_peer_end(struct pv_peer *peer, int error);
 /* Waits until there is no connection, for so long at most: the state. */
 int pv_peer_wait(struct pv_peer *peer, uint32_t milliseconds) PV_CHECKED;
 void pv_peer_look(struct pv_peer *peer, struct pv_peer_told *out);
+
+/* ---- inbox.c: what the source sends by itself ---- */
 
 /* What one channel has received and not installed yet: pages of one block. Zeros at first. */
 struct pv_inbox {

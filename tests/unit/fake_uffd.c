@@ -541,7 +541,7 @@ struct pv_engine *fake_open(uint64_t pages, uint64_t small_blocks, uint32_t how)
     pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
     if (pagemap < 0 || pv_map(pages * PV_PAGE, PV_BACKING_THP, &ram) ||
         pv_engine_open(ram, pages * PV_PAGE, small_blocks, &engine) ||
-        socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) ||
+        socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, pair) ||
         pv_engine_equip(engine, pair[0], open("/dev/null", O_RDONLY | O_CLOEXEC), how))
         abort();
     engine->scans = scans;
