@@ -96,7 +96,8 @@ def _check_stale(path: str, named: str) -> None:
 
 
 def _listen(path: str) -> tuple[socket.socket, int]:
-    """And its file's inode. Made in a folder that nobody else may enter: it is never there with another mode, or without a listener."""
+    """And its file's inode. Made in a folder that nobody else may enter: it is never there with another mode, or
+    without a listener."""
     with tempfile.TemporaryDirectory(prefix=".pv", dir=os.path.dirname(path)) as folder:
         descriptor = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         sock = socket.socket(socket.AF_UNIX)

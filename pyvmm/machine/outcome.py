@@ -12,7 +12,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Literal, TypeAlias
 
-    Reason: TypeAlias = Literal["exit", "timeout", "stopped"]
+    Reason: TypeAlias = Literal["exit", "timeout", "stopped", "migrated"]
 
 PROGRESS_SIZE: int = ffi.sizeof("struct pv_progress")
 
@@ -27,8 +27,9 @@ _STATUS = {
 class RunResult(Record):
     """How run() or wait() came back.
 
-    reason: "exit" (the guest ended itself), "timeout" (it runs on, paused after run()) or "stopped" (by stop());
-    status: the guest's exit status 0..255, 124 after a timeout, 0 where it was stopped.
+    reason: "exit" (the guest ended itself), "timeout" (it runs on, paused after run()), "stopped" (by stop()) or
+    "migrated" (it runs elsewhere); status: the guest's exit status 0..255, 124 after a timeout, 0 where it was stopped
+    or has moved.
     """
 
     __slots__ = ("reason", "status")
