@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 
 from pyvmm.cli.moving import SCHEMA, Journey, absolute, check_options, print_report
 from pyvmm.control import wire
@@ -56,7 +57,8 @@ def run(args: Arguments) -> int:
 def _arguments(args: Arguments) -> dict[str, object]:
     """What the VM is asked, checked here as far as it can be. Paths are absolute: it works in another folder."""
     address, _ = check_options(args, "--to", args.to, listening=False)
-    address.path = absolute(address.path) or "" if address.path else ""
+    if address.path:
+        address.path = os.path.abspath(address.path)
     found = {
         "to": str(address),
         "mode": args.mode,
@@ -142,5 +144,4 @@ class _Cancelling:
             self._cancel()
 
     def _cancel(self) -> None:
-        with suppress(ControlError):  # the VM has gone; its stream says so
-            self._client.send("cancel", reason="cancelled by who asked for it")
+        self._client.send("cancel", reason="whoever asked for it has cancelled it")

@@ -1,5 +1,5 @@
-# moving.py: a migration as people see it, at both sides: options, what goes on, the report. Draws plain data, as it comes
-# over a control socket. Times in seconds, sizes in bytes, pages of 4 KiB.
+# moving.py: a migration as people see it, at both sides: options, what goes on, the report. Draws plain data, as it
+# comes over a control socket. Times in seconds, sizes in bytes, pages of 4 KiB.
 """`check_options`, `Journey` and `print_report`."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pyvmm.migration.address import Address, parse_address
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from typing import Any
 
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     Fields = Mapping[str, Any]
 
 SCHEMA = 1
-_ROUNDS = 8
-"""The last rounds, that are shown while it goes on."""
+_ROUNDS, _NOTES = 8, 4
+"""So many of the last ones are shown while it goes on."""
 
 
 def check_options(args: Arguments, option: str, text: str | None, listening: bool) -> tuple[Address, Tls | None]:
@@ -53,11 +53,10 @@ def absolute(path: str | None) -> str | None:
 
 
 class Journey:
-    """What has been told of a migration so far, event by event; rich draws it. `moved`: has the guest?"""
+    """What has been told of a migration so far, event by event; rich draws it."""
 
     def __init__(self) -> None:
         self.rounds: list[Fields] = []
-        self.moved = False
         self._moving: Fields | None = None
         self._notes: list[str] = []
 
@@ -68,39 +67,27 @@ class Journey:
             self._moving = event
             return
         if kind == "round":
-            self.rounds.append(event)
+            self.rounds = [*self.rounds, event][-_ROUNDS:]
             self._moving = None
-        self.moved |= kind in ("switched", "finished")
         note = words(event)
         if note:
-            self._notes.append(note)
+            self._notes = [*self._notes, note][-_NOTES:]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich.text import Text
 
-        for note in self._notes[-4:]:
+        for note in self._notes:
             yield Text(note)
         if self.rounds:
-            yield rounds_table(console, self.rounds[-_ROUNDS:])
+            yield rounds_table(console, self.rounds)
         if self._moving is not None:
             yield Text(words(self._moving), "bold")
 
 
 def words(event: Fields) -> str:
     """One event in a line; nothing for the end of a round, which is a table's row."""
-    return {
-        "connected": _connected,
-        "moving": _moving,
-        "helped": lambda event: f"the guest writes faster than it goes: {event['help']}{_share(event['share'])}",
-        "switched": lambda event: (
-            f"the guest runs there; it stood for {_time(event['downtime'])}"
-            + (f", and {event['away']:,} pages are still to come" if event["away"] else "")
-        ),
-        "broken": lambda event: f"the connection is gone, and the guest stands: {event['reason']}",
-        "resumed": lambda event: f"connected again; {event['missing']:,} pages are still to come",
-        "failed": lambda event: f"it failed: {event['reason']}",
-        "finished": lambda event: "all of it is there",
-    }.get(str(event.get("event")), lambda event: "")(event)
+    say = _WORDS.get(str(event.get("event")))
+    return "" if say is None else say(event)
 
 
 def _connected(event: Fields) -> str:
@@ -117,8 +104,26 @@ def _moving(event: Fields) -> str:
     )
 
 
-def _share(share: float) -> str:
-    return f", {share:.0%} of the time" if share else ""
+def _helped(event: Fields) -> str:
+    share = f", {event['share']:.0%} of the time" if event["share"] else ""
+    return f"the guest writes faster than it goes: {event['help']}{share}"
+
+
+def _switched(event: Fields) -> str:
+    away = f", and {event['away']:,} pages are still to come" if event["away"] else ""
+    return f"the guest runs there; it stood for {_time(event['downtime'])}{away}"
+
+
+_WORDS: dict[str, Callable[[Fields], str]] = {
+    "connected": _connected,
+    "moving": _moving,
+    "helped": _helped,
+    "switched": _switched,
+    "broken": lambda event: f"the connection is gone, and the guest stands: {event['reason']}",
+    "resumed": lambda event: f"connected again; {event['missing']:,} pages are still to come",
+    "failed": lambda event: f"it failed: {event['reason']}",
+    "finished": lambda event: "all of it is there",
+}
 
 
 def _time(seconds: float) -> str:

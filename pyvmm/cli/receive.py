@@ -13,6 +13,7 @@ from pyvmm.cli.run import Shown
 from pyvmm.control.moving import Moving
 from pyvmm.errors import EXIT_FAILED, FetchError, MigrationError
 from pyvmm.machine import VM
+from pyvmm.migration.events import Finished, Switched
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def run(args: Arguments) -> int:
     try:
         return received.run()
     except (MigrationError, FetchError) as error:
-        if received.status:  # a signal's: what it led to is no news
+        if received.status is not None:  # a signal's: what it led to is no news
             return received.status
         print(f"pyvmm: {error}", file=sys.stderr)
         return EXIT_FAILED
@@ -44,7 +45,7 @@ class _Received(Shown):
         super().__init__(args)
         self._address, self._tls = check_options(args, "--listen", args.listen, listening=True)
         self.stdout = 2 if args.json else 1
-        self.status = 0  # that a signal asked for before the guest ran
+        self.status: int | None = None  # that a signal asked for before the guest ran
         self._moving = Moving("destination")
         self._events: list[dict[str, object]] = []
         self._report: Report | None = None
@@ -52,7 +53,7 @@ class _Received(Shown):
         self._news = threading.Event()  # the VM is built, or the migration has ended
         self._ready = threading.Event()  # its console is there, or nobody waits for it any more
         self._lock = threading.Lock()
-        self._runs = False
+        self._runs = self._given_up = False
 
     # ---- the migration's threads ----
 
@@ -61,10 +62,10 @@ class _Received(Shown):
         self._vm = vm
         self._news.set()
         self._ready.wait()
+        if self._given_up:
+            raise MigrationError("the destination was ended before the guest ran there")
 
     def _follow(self) -> None:
-        from pyvmm.migration.events import Finished
-
         try:
             for event in self._moving.events():
                 self._events.append(event.as_json())
@@ -109,7 +110,7 @@ class _Received(Shown):
         self._incoming.vm()
         with self._lock:
             self._runs = True
-            if self.status:
+            if self.status is not None:
                 vm.request_stop(self.status)
 
     def stop(self, vm: VM, status: int) -> None:
@@ -117,16 +118,18 @@ class _Received(Shown):
             if self._runs:
                 vm.request_stop(status)
                 return
-        self._interrupted(status)
+            self.status = status  # begin() may be just about to look
+        self._incoming.cancel("the destination was interrupted")
 
     def _interrupted(self, status: int) -> None:
-        """A signal before the guest runs here."""
-        self.status = self.status or status
+        """A signal before there is a VM."""
+        self.status = status
         self._incoming.cancel("the destination was interrupted")
 
     def finish(self, vm: VM, seconds: float) -> None:
         super().finish(vm, seconds)
-        if self._moving.last is not None and self._moving.last.as_json().get("away") == 0:
+        last = self._moving.last
+        if isinstance(last, Switched) and not last.away:
             self._follower.join(_SETTLING)
         if self.args.json:
             report = None if self._report is None else self._report.as_json()
@@ -138,6 +141,7 @@ class _Received(Shown):
 
     def _end(self) -> None:
         """Ends what is left of the migration, before the VM is closed."""
+        self._given_up = not self._runs
         self._ready.set()
         self._incoming.close()
         self._follower.join()

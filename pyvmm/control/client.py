@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import socket
+from contextlib import suppress
 
 from pyvmm.control import wire
 from pyvmm.errors import EXIT_BAD_INPUT, BadInput, ControlError
@@ -70,10 +71,8 @@ class Client:
         """Asks, and reads no answer; one that comes is passed over. A signal handler may call it. Returns its id."""
         wire.check(do, arguments)
         self._number += 1
-        try:
+        with suppress(OSError):  # gone: perhaps it has said why, and receive() tells either way
             self._socket.sendall(wire.encode({"id": self._number, "do": do} | arguments))
-        except OSError:
-            raise self._gone() from None
         return self._number
 
     def receive(self) -> dict[str, Any]:
@@ -90,7 +89,7 @@ class Client:
             except OSError:
                 data = b""
             if not data:
-                raise self._gone()
+                raise ControlError(f"{self._path}: whoever listened there has gone")
             self._in += data
         line = bytes(self._in[:end])
         del self._in[: end + 1]
@@ -101,9 +100,6 @@ class Client:
         if not isinstance(found, dict):
             raise ControlError(f"{self._path} answers in a way that no VM of pyvmm does")
         return found
-
-    def _gone(self) -> ControlError:
-        return ControlError(f"{self._path}: whoever listened there has gone")
 
 
 class Stream:

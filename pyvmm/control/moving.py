@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Protocol
 
+    from pyvmm.machine import VM
     from pyvmm.migration.events import Event, Report
 
     class Migration(Protocol):
@@ -24,6 +25,14 @@ if TYPE_CHECKING:
         def __iter__(self) -> Iterator[Event]: ...
         def result(self, timeout: float | None = None) -> Report: ...
         def cancel(self, reason: str = "") -> None: ...
+
+    class Incoming(Migration, Protocol):
+        """And of Incoming alone."""
+
+        @property
+        def address(self) -> str: ...
+        def vm(self, timeout: float | None = None) -> VM: ...
+        def close(self) -> None: ...
 
 
 class Moving:

@@ -58,7 +58,7 @@ class Argument(Record):
             raise BadInput(f"{self.name}: {_shown(value)} is not {_KINDS[self.kind]}")
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             if not self.least <= value <= self.most:
-                raise BadInput(f"{self.name} {value:g}: give {self.least:g} to {self.most:g}")
+                raise BadInput(f"{self.name} {_shown(value)}: give {self.least:g} to {self.most:g}")
             return self.kind(value)
         if isinstance(value, str):
             if self.choices and value not in self.choices:
