@@ -46,7 +46,7 @@ class _Received(Shown):
         self._address, self._tls = check_options(args, "--listen", args.listen, listening=True)
         self.stdout = 2 if args.json else 1
         self.status: int | None = None  # that a signal asked for before the guest ran
-        self._moving = Moving("destination")
+        self._moving = self.moving = Moving()
         self._events: list[dict[str, object]] = []
         self._report: Report | None = None
         self._vm: VM | None = None
@@ -81,7 +81,7 @@ class _Received(Shown):
         self._incoming: Incoming = VM.receive(  # type: ignore[attr-defined]
             str(self._address), tls=self._tls, unit=args.unit, prepare=self._built, capture=args.capture
         )
-        self._moving.begin(lambda: self._incoming)
+        self._moving.begin(lambda: self._incoming, side="destination")
         self._follower = threading.Thread(target=self._follow, name="migration events", daemon=True)
         self._follower.start()
         print(f"pyvmm: listening at {self._incoming.address}", file=sys.stderr, flush=True)

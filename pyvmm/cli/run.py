@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from pyvmm.cli.parse import Arguments
     from pyvmm.control.control import Control
+    from pyvmm.control.moving import Moving
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _BROKEN_PIPE = EXIT_SIGNAL + 13
@@ -154,6 +155,8 @@ class Session:
 class Shown(Session):
     """With --live and --stats, and --control."""
 
+    moving: Moving | None = None
+    """What the control socket says of a migration; None: none has begun."""
     _control: Control | None = None
 
     def around(self, vm: VM) -> AbstractContextManager[object]:
@@ -161,7 +164,7 @@ class Shown(Session):
             return nullcontext()
         from pyvmm.control.control import Control
 
-        self._control = Control(vm, self.args.control)
+        self._control = Control(vm, self.args.control, self.moving)
         return self._control
 
     def wait(self, vm: VM) -> RunResult | None:

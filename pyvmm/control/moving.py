@@ -36,14 +36,14 @@ if TYPE_CHECKING:
 
 
 class Moving:
-    """side: "source" or "destination"; `last`: its last event; `to`: where a source's guest goes.
+    """side: "source" or "destination", of the last one; `last`: its last event; `to`: where a source's guest goes.
 
     At the source nothing else may let vCPUs run or stand while a migration goes on: it decides which of the two sides
     has the guest.
     """
 
-    def __init__(self, side: str = "source") -> None:
-        self.side = side
+    def __init__(self) -> None:
+        self.side = "source"
         self.to = ""
         self.last: Event | None = None
         self._lock = threading.Lock()
@@ -65,13 +65,13 @@ class Moving:
         """Has the guest left for good, with all that it needs?"""
         return self.side == "source" and isinstance(self.last, Finished)
 
-    def begin(self, migration: Callable[[], Migration], to: str = "") -> Migration:
+    def begin(self, migration: Callable[[], Migration], to: str = "", side: str = "source") -> Migration:
         """Makes one. Raises LifecycleError while another one goes on, and what the making raises."""
         with self._lock:
             if self.going:
                 raise LifecycleError("a migration goes on already: cancel it, or wait for its end")
             made = self._migration = migration()
-            self.to = to
+            self.to, self.side = to, side
             self.last, self._switched = None, False
             return made
 
@@ -82,8 +82,10 @@ class Moving:
 
     def events(self) -> Iterator[Event]:
         """Those of the migration that began, each noted before it is given on."""
-        for event in self._migration or ():
-            self.told(event)
+        migration = self._migration
+        for event in migration or ():
+            if migration is self._migration:  # else the guest has come, and goes on elsewhere already
+                self.told(event)
             yield event
 
     def cancel(self, reason: str) -> None:
