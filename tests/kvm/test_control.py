@@ -336,11 +336,13 @@ class TestReceive:
         class Built(Incoming):
             def act(self):
                 self.build()
-                raise AssertionError("it would run now")
+                ran.append(self)
 
+        ran = []
         assert receive(Built, "--control", "no/such/folder") == 2
         out, err = capfd.readouterr()
         assert out == ""
+        assert ran == []
         assert err.endswith("pyvmm: control socket no/such/folder: cannot listen there: No such file or directory\n")
 
     @pytest.mark.parametrize(

@@ -230,7 +230,9 @@ def test_the_end_of_the_vm_cancels(vm, path):
     assert migration.reason == "the source ends"
 
 
-def test_the_end_waits_for_pages_that_the_other_side_needs(vm, path):
+def test_the_end_waits_for_pages_that_the_other_side_needs(vm, path, monkeypatch):
+    monkeypatch.setattr("pyvmm.control.control._CANCELLING", 0.01)
+    monkeypatch.setattr("pyvmm.control.server._CLOSING", 0.01)
     control = Control(vm, path)
     with Client(path) as client:
         stream, migration = begun(client, vm)
