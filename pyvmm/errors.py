@@ -10,6 +10,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+EXIT_FAILED = 1
+"""What was asked for came to nothing, though it could have been done."""
 EXIT_BAD_INPUT = 2
 """Bad input, or a host that lacks what was asked for."""
 EXIT_TIMEOUT = 124
@@ -76,6 +78,12 @@ class PeerGone(MigrationError):
 
 class ProtocolError(MigrationError):
     """What came from the other side breaks a rule of docs/migration-protocol.md."""
+
+
+class ControlError(PyvmmError):
+    """What was asked for on a control socket was not done: the VM says why, or has gone."""
+
+    exit_code = EXIT_FAILED
 
 
 class KernelError(PyvmmError, OSError):

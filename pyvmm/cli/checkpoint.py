@@ -40,11 +40,15 @@ class Condition:
 
 
 def save_when(vm: VM, condition: Condition, path: str, timeout: float | None, options: dict[str, object]) -> None:
-    """Saves once the condition holds, or the guest has ended or run for `timeout` seconds without that. options: of
-    VM.snapshot()."""
+    """Saves once the condition holds, or the guest has ended or run for `timeout` seconds without that; not a guest
+    that has moved elsewhere. options: of VM.snapshot()."""
     begin = time.monotonic()
     while not condition.holds(vm, seconds := time.monotonic() - begin):
-        if vm.wait(_LOOK_SECONDS).reason != "timeout" or (timeout is not None and seconds >= timeout):
+        reason = vm.wait(_LOOK_SECONDS).reason
+        if reason == "migrated":
+            print(f"pyvmm: {path}: not written: the guest has moved before it was to be saved", file=sys.stderr)
+            return
+        if reason != "timeout" or (timeout is not None and seconds >= timeout):
             break
     count = vm.progress().count
     with Bar("saving") as bar:

@@ -36,6 +36,8 @@ def check_count(args: Arguments) -> None:
         raise BadInput("--record watches one guest: with --count there are several")
     if args.count > 1 and args.snapshot is not None:
         raise BadInput("--snapshot saves one guest: with --count there are several")
+    if args.count > 1 and args.control is not None:
+        raise BadInput("--control is for one guest: with --count there are several")
     if args.count > 1 and args.live:
         raise BadInput("--live shows one guest: with --count, use --stats")
 

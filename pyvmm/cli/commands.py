@@ -63,6 +63,19 @@ _PAGES = Option("--pages", "large or small pages behind the RAM", default="auto"
 _CODECS = ("raw", "lz4", "zstd")
 _TIMEOUT = Option("--timeout", "end the guest then, with status 124", float, metavar="SECONDS")
 
+_STATS = Option("--stats", "print exits, mappings and rates at the end", bool)
+_LIVE = Option("--live", "show the guest's progress while it runs", bool)
+_CONTROL = Option("--control", "listen there, for `pyvmm status`, `pyvmm migrate` and others", metavar="PATH")
+_SOCKET = Option("path", "where a guest was started with --control", metavar="PATH")
+
+# What both sides of a migration take (pyvmm.cli.moving).
+_MOVING = (
+    Option("--tls-cert", "with tcp: TLS 1.3; our certificate, PEM", metavar="FILE"),
+    Option("--tls-key", "the certificate's key, PEM", metavar="FILE"),
+    Option("--tls-ca", "the authority that signed the other side's certificate, PEM", metavar="FILE"),
+    Option("--capture", "record what is said, for `pyvmm migration dissect`", metavar="FILE"),
+)
+
 # How a VM is saved while a guest runs in the foreground (pyvmm.cli.checkpoint).
 SNAPSHOT = (
     Option("--snapshot", "write the VM into this file, and go on", metavar="FILE"),
@@ -103,8 +116,9 @@ COMMANDS = (
         "run a guest",
         "run",
         *GUEST,
-        Option("--stats", "print exits, mappings and rates at the end", bool),
-        Option("--live", "show the guest's progress while it runs", bool),
+        _STATS,
+        _LIVE,
+        _CONTROL,
         Option("--trace", "single-step the first N instructions, and show them", int, metavar="N"),
         *SNAPSHOT,
     ),
@@ -130,8 +144,9 @@ COMMANDS = (
         Option("--count", "as many VMs at once, each a clone that knows that it is one (default 1)", int, 1, "N"),
         _PAGES,
         _TIMEOUT,
-        Option("--stats", "print exits, mappings and rates at the end", bool),
-        Option("--live", "show the guest's progress while it runs", bool),
+        _STATS,
+        _LIVE,
+        _CONTROL,
         *SNAPSHOT,
         Option("--snapshot-incremental", "write only what has changed since FILE, on which it builds then", bool),
     ),
@@ -166,6 +181,50 @@ COMMANDS = (
         Option("--block", "pack: stored together, 16K to 2M (default: as it is)", metavar="SIZE"),
         Option("--codec", "pack: raw, lz4 or zstd (default: as it is)", choices=_CODECS),
         Option("--flat", "pack: with all that it builds on, in one file", bool),
+    ),
+    Command(
+        "status",
+        "show how a guest is that was started with --control",
+        "status",
+        _SOCKET,
+        Option("--json", "one JSON object instead of text", bool),
+    ),
+    Command(
+        "migrate",
+        "move a running guest, started with --control, to a `pyvmm receive`",
+        "migrate",
+        _SOCKET,
+        Option("--to", "where it goes: tcp:HOST:PORT, unix:PATH or local:PATH", metavar="ADDRESS"),
+        Option(
+            "--mode",
+            "memory before the guest (default), after it, or both",
+            default="precopy",
+            choices=("precopy", "postcopy", "hybrid"),
+        ),
+        Option("--downtime", "the guest may stand for so long (default 20)", float, 20.0, "MS"),
+        Option("--channels", "connections for pages, 1 to 8 (default 1)", int, 1, "N"),
+        Option("--bandwidth", "at most so many bytes a second, such as 500M", metavar="SIZE"),
+        Option("--no-throttle", "never slow the guest down, however fast it writes", bool),
+        *_MOVING,
+        Option("--json", "one JSON object instead of text", bool),
+    ),
+    Command(
+        "receive",
+        "wait for a guest that moves here, and run it on",
+        "receive",
+        Option("--listen", "where: tcp:HOST:PORT, unix:PATH or local:PATH", metavar="ADDRESS"),
+        Option(
+            "--unit",
+            "memory after the guest: a touch brings a page, a storage block, 2 MiB, or first less and then 2 MiB",
+            default="adaptive",
+            choices=("adaptive", "page", "block", "large"),
+        ),
+        *_MOVING,
+        _TIMEOUT,
+        _STATS,
+        _LIVE,
+        _CONTROL,
+        Option("--json", "the report as one JSON object; what the guest prints goes to stderr", bool),
     ),
     Command(
         "migration",

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import nullcontext
 
 from pyvmm.console import Console
 from pyvmm.errors import EXIT_BAD_INPUT, EXIT_SIGNAL, BadInput, GuestCrash
@@ -16,10 +17,13 @@ from pyvmm.machine import VM, RunResult
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextlib import AbstractContextManager
     from types import FrameType, TracebackType
     from typing import Self
 
     from pyvmm.cli.parse import Arguments
+    from pyvmm.control.control import Control
+    from pyvmm.control.moving import Moving
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _BROKEN_PIPE = EXIT_SIGNAL + 13
@@ -60,7 +64,8 @@ class Signals:
 class Session:
     """One guest in the foreground, its console on this terminal: what all commands have in common that run one.
 
-    What differs is overridden: prepare() before the first instruction, wait() while the guest runs, finish() after it.
+    What differs is overridden: prepare() before the first instruction, begin() that has it run, wait() while the guest
+    runs, finish() after it; around() for what is there from prepare() on until the VM is closed; stop() for signals.
     """
 
     stdout = 1
@@ -85,53 +90,107 @@ class Session:
     def prepare(self, vm: VM) -> None:
         """The guest is loaded."""
 
+    def around(self, vm: VM) -> AbstractContextManager[object]:
+        """Entered when the guest is prepared, left when it has ended."""
+        return nullcontext()
+
+    def begin(self, vm: VM) -> None:
+        """Has the guest run; its console is there."""
+        vm.start()
+
+    def stop(self, vm: VM, status: int) -> None:
+        """A signal asks for the end, with this status. On a thread of its own, or before begin()."""
+        vm.request_stop(status)
+
     def wait(self, vm: VM) -> RunResult | None:
         """The guest runs. Returns how it ended, a result with reason "timeout" after --timeout, or None: it has run
         for long enough, and is ended with status 0."""
         return vm.wait(self.args.timeout)
+
+    def moved(self) -> None:
+        """The guest runs elsewhere now; finish() comes after this."""
 
     def finish(self, vm: VM, seconds: float) -> None:
         """The guest has ended without a crash, after so many seconds, and the terminal is as it was."""
 
     def run(self) -> int:
         """Returns the guest's status, 124 after --timeout, 125 after a crash, 128+n after signal n."""
-        with Signals() as signals:
-            return self._run(signals)
-
-    def _run(self, signals: Signals) -> int:
-        args = self.args
-        with self.make() as vm:
+        with Signals() as self.signals, self.make() as vm:
             self.prepare(vm)
-            with Console(vm.serial, _usable_stdin(), self.stdout) as console:
-                vm.serial.output = console.output
-                console.on_leave = vm.request_stop
-                console.on_broken = lambda: vm.request_stop(_BROKEN_PIPE)
+            with self.around(vm):
+                return self._run(vm)
 
-                def stop(status: int) -> None:
-                    vm.request_stop(status)
-                    console.abandon()  # its reader may never come
+    def _run(self, vm: VM) -> int:
+        args = self.args
+        with Console(vm.serial, _usable_stdin(), self.stdout) as console:
+            vm.serial.output = console.output
+            console.on_leave = lambda: self.stop(vm, 0)
+            console.on_broken = lambda: self.stop(vm, _BROKEN_PIPE)
 
-                signals.watch(stop)
-                begin = time.monotonic()
-                vm.start()
-                try:
-                    result = self.wait(vm)
-                except GuestCrash as crash:
-                    console.close()  # the report belongs on a sane terminal
-                    print(f"\n{crash.report.rstrip()}\n\npyvmm: {crash}", file=sys.stderr)
-                    return crash.exit_code
-                seconds = time.monotonic() - begin
-            if result is None or result.reason == "timeout":
-                if result is not None:
-                    print(f"pyvmm: the guest did not end within {args.timeout:g} s", file=sys.stderr)
-                console.abandon()
-                vm.stop()
-            self.finish(vm, seconds)
-            return 0 if result is None else result.status
+            def stop(status: int) -> None:
+                self.stop(vm, status)
+                console.abandon()  # its reader may never come
+
+            self.signals.watch(stop)
+            self.begin(vm)
+            begin = time.monotonic()
+            try:
+                result = self.wait(vm)
+            except GuestCrash as crash:
+                console.close()  # the report belongs on a sane terminal
+                print(f"\n{crash.report.rstrip()}\n\npyvmm: {crash}", file=sys.stderr)
+                return crash.exit_code
+            seconds = time.monotonic() - begin
+        if result is None or result.reason == "timeout":
+            if result is not None:
+                print(f"pyvmm: the guest did not end within {args.timeout:g} s", file=sys.stderr)
+            console.abandon()
+            vm.stop()
+        elif result.reason == "migrated":
+            self.moved()
+        self.finish(vm, seconds)
+        return 0 if result is None else result.status
 
 
-class Watched(Session):
-    """With --live and --stats, and --snapshot with all that belongs to it."""
+class Shown(Session):
+    """With --live and --stats, and --control."""
+
+    moving: Moving | None = None
+    """What the control socket says of a migration; None: none has begun."""
+    _control: Control | None = None
+
+    def around(self, vm: VM) -> AbstractContextManager[object]:
+        if self.args.control is None:
+            return nullcontext()
+        from pyvmm.control.control import Control
+
+        self._control = Control(vm, self.args.control, self.moving)
+        return self._control
+
+    def wait(self, vm: VM) -> RunResult | None:
+        return self.wait_on(vm, self.args.timeout)
+
+    def wait_on(self, vm: VM, timeout: float | None) -> RunResult:
+        """Waits, so many seconds at most."""
+        if self.args.live:
+            from pyvmm.cli.report import wait_live
+
+            return wait_live(vm, timeout)
+        return vm.wait(timeout)
+
+    def moved(self) -> None:
+        where = f" to {self._control.moved_to()}" if self._control is not None else ""
+        print(f"pyvmm: the guest has moved{where}", file=sys.stderr)
+
+    def finish(self, vm: VM, seconds: float) -> None:
+        if self.args.stats:
+            from pyvmm.cli.report import print_stats
+
+            print_stats(vm, seconds)
+
+
+class Watched(Shown):
+    """And with --snapshot and all that belongs to it."""
 
     def __init__(self, args: Arguments) -> None:
         super().__init__(args)
@@ -154,26 +213,13 @@ class Watched(Session):
             "order": args.snapshot_order,
         }
 
-    def wait(self, vm: VM) -> RunResult | None:
-        return self.wait_on(vm, self.args.timeout)
-
     def wait_on(self, vm: VM, timeout: float | None) -> RunResult:
-        """Saves where that is asked for; waits, so many seconds at most."""
+        """Saves where that is asked for; waits."""
         if self.args.snapshot is not None:
             from pyvmm.cli.checkpoint import save_when
 
             save_when(vm, self._condition, self.args.snapshot, timeout, self.save_options())
-        if self.args.live:
-            from pyvmm.cli.report import wait_live
-
-            return wait_live(vm, timeout)
-        return vm.wait(timeout)
-
-    def finish(self, vm: VM, seconds: float) -> None:
-        if self.args.stats:
-            from pyvmm.cli.report import print_stats
-
-            print_stats(vm, seconds)
+        return super().wait_on(vm, timeout)
 
 
 class _Run(Watched):

@@ -8,7 +8,7 @@ import os
 
 from pyvmm.cli.progress import Bar
 from pyvmm.errors import BadInput, SnapshotError, StateError
-from pyvmm.layout import BLOCK_SIZE, GIB, KIB, MIB, format_size, parse_size
+from pyvmm.layout import BLOCK_SIZE, KIB, MIB, format_size, parse_size, rough_size
 from pyvmm.snapshot import Snapshot
 from pyvmm.snapshot.inspect import Info
 from pyvmm.state import State
@@ -70,7 +70,7 @@ def _pack(args: Arguments) -> int:
             args.file, out, order=args.order or "address", block_size=block, codec=args.codec, flat=args.flat,
             progress=bar.told,
         )  # fmt: skip
-    print(f"{out}: {_size(os.path.getsize(out))}")
+    print(f"{out}: {rough_size(os.path.getsize(out))}")
     return 0
 
 
@@ -175,7 +175,7 @@ def _show(snapshot: Snapshot, info: Info, missing: str | None) -> None:
     console.print(pages)
     ratio = _ratio(info)
     lines = [
-        f"file: {_size(header.file_size)}, for {_size(snapshot.memory_size)} of RAM",
+        f"file: {rough_size(header.file_size)}, for {rough_size(snapshot.memory_size)} of RAM",
         f"storage: {snapshot.blocks:,} blocks of {format_size(header.block_size)}, {header.codec}"
         + (f", {ratio:.2f} : 1" if ratio is not None else "")
         + (f", {info.raw_blocks:,} of them as they are" if info.raw_blocks and header.codec != "raw" else ""),
@@ -197,14 +197,6 @@ def _show(snapshot: Snapshot, info: Info, missing: str | None) -> None:
         console.print()
         line(f"ancestors: {snapshot.depth}", "bold")
         for each in _chain(snapshot)[1:]:
-            line(f"{os.path.basename(each.path)!r}: {_size(each.header.file_size)}, id {each.id.hex()}")
+            line(f"{os.path.basename(each.path)!r}: {rough_size(each.header.file_size)}, id {each.id.hex()}")
     if missing is not None:
         line(missing, "yellow")
-
-
-def _size(size: int) -> str:
-    """A size for people: 2.3 MiB."""
-    for unit, scale in (("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
-        if size >= scale:
-            return f"{size / scale:.1f} {unit}"
-    return f"{size} bytes"

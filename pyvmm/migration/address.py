@@ -3,14 +3,11 @@
 
 from __future__ import annotations
 
-import os
-
 from pyvmm.errors import BadInput
 from pyvmm.record import Record
+from pyvmm.sockets import check_path
 
 LOOPBACK = "127.0.0.1"
-MAX_PATH = 107
-"""Bytes: what sockaddr_un takes."""
 _MAX_HOST = 253
 
 
@@ -59,7 +56,7 @@ def parse_address(text: str, listening: bool = False) -> Address:
     if not colon or kind not in ("tcp", "unix", "local"):
         raise BadInput(f"{text!r} is no address: give tcp:HOST:PORT, unix:PATH or local:PATH")
     if kind != "tcp":
-        return Address(kind, path=_path(text, rest))
+        return Address(kind, path=check_path(rest, repr(text)))
     host, _, port = rest.rpartition(":")
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
@@ -73,18 +70,6 @@ def parse_address(text: str, listening: bool = False) -> Address:
     if int(port) == 0 and not listening:
         raise BadInput(f"{text!r}: port 0 is for listening alone")
     return Address("tcp", host or LOOPBACK, int(port))
-
-
-def _path(text: str, path: str) -> str:
-    if not path or "\0" in path:
-        raise BadInput(f"{text!r}: give the path of a socket")
-    try:
-        size = len(os.fsencode(path))
-    except UnicodeEncodeError:
-        raise BadInput(f"{text!r}: no path on this host can be that") from None
-    if size > MAX_PATH:
-        raise BadInput(f"{text!r}: the path of a socket has {MAX_PATH} bytes at most, and this one {size}")
-    return path
 
 
 def _check_ipv6(text: str, host: str) -> None:

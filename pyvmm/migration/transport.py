@@ -4,20 +4,16 @@
 from __future__ import annotations
 
 import errno
-import fcntl
-import os
 import select
 import socket
-import stat
-import tempfile
 import time
-from contextlib import suppress
 
 from pyvmm.errors import BadInput, HostError, MigrationError, PeerGone
 from pyvmm.migration.address import Address
 from pyvmm.migration.connection import Connection
 from pyvmm.migration.frames import MAGIC
 from pyvmm.migration.tls import told
+from pyvmm.sockets import PathListener
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -34,12 +30,12 @@ class Listener:
     """Where a destination waits for its source. `address`: with the port that was chosen. Closing it removes the
     socket's file, if it is still its own."""
 
-    def __init__(self, sock: socket.socket, address: Address, tls: Tls | None) -> None:
-        self._socket = sock
+    def __init__(self, listening: socket.socket | PathListener, address: Address, tls: Tls | None) -> None:
+        self._listening = listening
+        self._socket = listening.socket if isinstance(listening, PathListener) else listening
         self._tls = tls
         self.address = address
-        self._inode = os.stat(address.path).st_ino if address.kind != "tcp" else 0
-        sock.setblocking(False)
+        self._socket.setblocking(False)
 
     def __enter__(self) -> Listener:
         return self
@@ -55,11 +51,7 @@ class Listener:
 
     def close(self) -> None:
         """Nobody can connect any more; twice is once."""
-        if self._socket.fileno() >= 0 and self.address.kind != "tcp":
-            with suppress(OSError), _Locked(self.address.path):
-                if os.stat(self.address.path).st_ino == self._inode:
-                    os.unlink(self.address.path)
-        self._socket.close()
+        self._listening.close()
 
     def accept(self, timeout: float, handshake: float = HANDSHAKE) -> Connection | None:
         """The next one who connects, or None in time. With TLS one may come without it: it is a `plain_witness`. Raises
@@ -105,17 +97,11 @@ def _begins(sock: socket.socket, peer: str, timeout: float) -> bytes:
 
 
 def listen(address: Address, tls: Tls | None = None) -> Listener:
-    """Listens there. A socket's file of a process that has gone is replaced; it is never one that somebody listens on.
-    Raises BadInput, HostError."""
+    """Listens there. Raises BadInput, HostError."""
     if address.kind == "tcp":
         return _listen_tcp(address, tls)
     _no_tls(address, tls)
-    try:
-        with _Locked(address.path):
-            _check_stale(address)
-            return _listen_path(address)
-    except OSError as error:
-        raise HostError(f"{address}: cannot listen there: {error.strerror or error}") from None
+    return Listener(PathListener(address.path, str(address)), address, None)
 
 
 def _no_tls(address: Address, tls: Tls | None) -> None:
@@ -139,61 +125,6 @@ def _listen_tcp(address: Address, tls: Tls | None) -> Listener:
     except OSError as error:
         sock.close()
         raise HostError(f"{address}: cannot listen there: {error.strerror or error}") from None
-
-
-class _Locked:
-    """The folder of a socket's file is locked against other listeners of ours, as long as this is entered."""
-
-    def __init__(self, path: str) -> None:
-        self._folder = os.path.dirname(os.path.abspath(path))
-        self._fd = -1
-
-    def __enter__(self) -> None:
-        self._fd = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        fcntl.flock(self._fd, fcntl.LOCK_EX)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        os.close(self._fd)
-
-
-def _check_stale(address: Address) -> None:
-    """Raises BadInput unless nothing is there, or a socket that nobody listens on."""
-    try:
-        mode = os.lstat(address.path).st_mode
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(mode):
-        raise BadInput(f"{address}: something that is no socket is there")
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.setblocking(False)  # a full backlog is somebody too
-        try:
-            probe.connect(address.path)
-        except ConnectionRefusedError:
-            return
-        except OSError:
-            pass
-    raise BadInput(f"{address}: somebody listens there already")
-
-
-def _listen_path(address: Address) -> Listener:
-    """Made in a folder that nobody else may enter: it is never there with another mode, or without a listener."""
-    with tempfile.TemporaryDirectory(prefix=".pv", dir=os.path.dirname(os.path.abspath(address.path))) as folder:
-        descriptor = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        sock = socket.socket(socket.AF_UNIX)
-        try:
-            sock.bind(f"/proc/self/fd/{descriptor}/s")  # however long the folder's path is
-            made = os.path.join(folder, "s")
-            os.chmod(made, 0o600)
-            sock.listen(_BACKLOG)
-            os.rename(made, address.path)
-            return Listener(sock, address, None)
-        except BaseException:
-            sock.close()
-            raise
-        finally:
-            os.close(descriptor)
 
 
 def connect(address: Address, tls: Tls | None = None, timeout: float = HANDSHAKE, witness: bool = False) -> Connection:

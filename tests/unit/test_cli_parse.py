@@ -67,7 +67,10 @@ def test_a_plain_line_needs_no_argparse(argv):
 @pytest.mark.parametrize(
     ("argv", "named"),
     [
-        ([], "give a command: run, restore, pages, snapshot, migration, guests, dirty, bench, torture, doctor"),
+        (
+            [],
+            "give a command: run, restore, pages, snapshot, status, migrate, receive, migration, guests",
+        ),
         (["fly"], "'fly'"),
         (["run"], "GUEST|FILE"),
         (["run", "hello", "--cpus", "two"], "'two'"),
@@ -77,6 +80,8 @@ def test_a_plain_line_needs_no_argparse(argv):
         (["snapshot", "list", "a.snap"], "'list'"),
         (["snapshot", "check"], "FILE"),
         (["migration", "dissect"], "CAPTURE"),
+        (["status"], "PATH"),
+        (["migrate", "path", "--mode", "warp"], "'warp'"),
         (["run", "hello", "--mem"], "--mem"),
     ],
 )

@@ -12,6 +12,7 @@ LAYERS = (
     ("__main__", "pytest_plugin"),
     ("cli",),
     ("bench", "testing"),
+    ("control",),
     ("machine",),
     ("explain", "host"),
     ("console",),
@@ -22,7 +23,7 @@ LAYERS = (
     ("kvm",),
     ("_native",),
     ("image",),
-    ("layout", "state"),
+    ("layout", "sockets", "state"),
     ("errors", "record"),
 )
 """From top to bottom; those of one line are peers, which do not know each other."""

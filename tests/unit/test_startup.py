@@ -17,7 +17,7 @@ CASES = [
     ("from pyvmm.cli.parse import parse; parse(['run', 'hello'])", (*LATE, "pyvmm._native", "argparse", "re")),
     ("from pyvmm import VM", LATE),
     ("import pyvmm.machine.loader, pyvmm.console, pyvmm.cli.run", LATE),
-    (RUN, (*LATE, "argparse", "re")),
+    (RUN, (*LATE, "argparse", "re", "json", "socket", "pyvmm.control", "pyvmm.migration")),
     ("import pytest, sys; known = set(sys.modules); import pyvmm.pytest_plugin", ("pyvmm.errors", "pyvmm.host")),
 ]
 
