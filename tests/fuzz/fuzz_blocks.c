@@ -4,8 +4,6 @@
  * may change that was not wanted. */
 #include "fuzz.h"
 
-#include <stddef.h>
-
 #define HEADER 4096u
 #define PAGES_MOST 10000u /* an index of two chunks */
 #define ROWS_MOST 300u
@@ -34,7 +32,7 @@ static int fd;
 
 struct made {
     struct pv_snapshot snapshot;
-    uint64_t sums[4][4];
+    uint64_t sums[4][4]; /* of each map, one a chunk */
     uint8_t ready[4][4];
     uint64_t size; /* of the file */
 };
@@ -67,35 +65,45 @@ static void seal(struct made *made, struct pv_section *section, uint32_t number,
     made->size += section->length;
 }
 
-/* As format.decode and reader.py have it: what they refuse does not come here. */
+#define MAPS 4
+
+/* As format.decode and reader.py have it: what they refuse does not come here. sizes: bytes of each map. */
+static void dimension(struct pv_snapshot *snapshot, const struct options *options, uint64_t sizes[MAPS])
+{
+    *snapshot = (struct pv_snapshot){
+        .fd = fd,
+        .codec = options->codec % PV_CODECS,
+        .slots = 4u << options->slots % 8,
+        .has_parent = options->has_parent & 1,
+        .pages = 1 + options->pages % PAGES_MOST,
+        .begin = HEADER,
+    };
+    snapshot->blocks = least(options->blocks % ROWS_MOST, snapshot->pages);
+    uint64_t most = least(snapshot->pages, snapshot->blocks * snapshot->slots), backs = least(options->backs, most);
+    snapshot->backs = backs < snapshot->blocks ? snapshot->blocks : backs;
+    sizes[0] = snapshot->pages * 8;
+    sizes[1] = snapshot->blocks * sizeof(struct pv_stored);
+    sizes[2] = snapshot->backs * 8;
+    sizes[3] = (snapshot->pages + 512 * 64 - 1) / (512 * 64) * 8;
+}
+
 static void make(struct made *made, const struct options *options, const uint8_t *data, size_t size)
 {
     struct pv_snapshot *snapshot = &made->snapshot;
+    static uint8_t maps[MAPS][PAGES_MOST * 8];
+    uint64_t sizes[MAPS];
     memset(made, 0, sizeof(*made));
-    snapshot->fd = fd;
-    snapshot->codec = options->codec % PV_CODECS;
-    snapshot->slots = 4u << options->slots % 8;
-    snapshot->has_parent = options->has_parent & 1;
-    snapshot->pages = 1 + options->pages % PAGES_MOST;
-    snapshot->blocks = least(options->blocks % ROWS_MOST, snapshot->pages);
-    uint64_t most = least(snapshot->pages, snapshot->blocks * snapshot->slots);
-    snapshot->backs = most < options->backs ? most : options->backs;
-    snapshot->backs = snapshot->backs < snapshot->blocks ? snapshot->blocks : snapshot->backs;
-
-    static uint8_t maps[4][PAGES_MOST * 8];
-    uint64_t sizes[4] = {snapshot->pages * 8, snapshot->blocks * sizeof(struct pv_stored), snapshot->backs * 8,
-                         (snapshot->pages + 512 * 64 - 1) / (512 * 64) * 8};
-    for (int i = 0; i < 4; i++)
+    dimension(snapshot, options, sizes);
+    for (int i = 0; i < MAPS; i++)
         take(&data, &size, maps[i], sizes[i]);
     uint64_t area = least(size, AREA_MOST) & ~7ull;
     memcpy(file + HEADER, data, area);
-    snapshot->begin = HEADER;
     snapshot->end = made->size = HEADER + area;
-    struct pv_section *sections[4] = {&snapshot->index, &snapshot->table, &snapshot->back, &snapshot->large};
-    for (uint32_t i = 0; i < 4; i++)
+    struct pv_section *sections[MAPS] = {&snapshot->index, &snapshot->table, &snapshot->back, &snapshot->large};
+    for (uint32_t i = 0; i < MAPS; i++)
         seal(made, sections[i], i, maps[i], sizes[i]);
     if (options->flags & HOW_BROKEN)
-        made->sums[options->broken % 4][0] ^= 1;
+        made->sums[options->broken % MAPS][0] ^= 1;
     if (options->flags & HOW_CUT)
         made->size -= options->cut % made->size;
     CHECK(!ftruncate(fd, 0) && pwrite(fd, file, made->size, 0) == (ssize_t)made->size);
@@ -128,7 +136,12 @@ static int read_block(const struct pv_snapshot *snapshot, uint64_t block, struct
     *known = !error;
     if (error)
         return error;
+    uint64_t raw = row->slots * PAGE, whole = ((uint64_t)row->length + 7) / 8 * 8;
     CHECK(row->slots >= 1 && row->slots <= snapshot->slots);
+    CHECK(row->codec == snapshot->codec || row->codec == PV_CODEC_RAW);
+    CHECK(row->codec == PV_CODEC_RAW ? row->length == raw : row->length >= 1 && row->length <= raw);
+    CHECK(row->offset % 8 == 0 && row->offset >= HEADER && row->offset <= UINT64_MAX - whole);
+    CHECK(row->offset + whole <= snapshot->end);
     for (uint32_t slot = 0; slot < row->slots; slot++)
         CHECK(pages[slot] < snapshot->pages);
     *bytes = out + PV_STORE_MAX - row->slots * PAGE;
@@ -236,57 +249,106 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 
 /* ---- mutations ---- */
 
-/* Has the maps agree with the rows of BLOCKS, and the checksums of storage blocks be right, where they can be. */
-static void repair(uint8_t *data, size_t size, bool maps)
+static uint32_t next(uint32_t *random)
 {
-    struct options options;
-    struct made made;
-    memcpy(&options, data, sizeof(options));
-    if (!out)
-        start();
-    make(&made, &options, data + sizeof(options), size - sizeof(options));
-    const struct pv_snapshot *snapshot = &made.snapshot;
-    uint64_t index = sizeof(options), table = index + snapshot->index.length, back = table + snapshot->table.length;
-    uint64_t area = back + snapshot->back.length + snapshot->large.length;
-    for (uint64_t block = 0; block < snapshot->blocks; block++) {
-        struct pv_stored row;
-        uint64_t at = table + block * sizeof(row);
-        if (at + sizeof(row) > size)
-            break;
-        memcpy(&row, data + at, sizeof(row));
-        for (uint64_t slot = 0; maps && slot < row.slots && slot < PV_STORE_SLOTS; slot++) {
-            uint64_t entry = back + (row.first + slot) * 8, page;
-            if (row.first >= snapshot->backs || entry + 8 > size || entry + 8 > area)
-                break;
-            memcpy(&page, data + entry, 8);
-            page %= snapshot->pages;
-            memcpy(data + entry, &page, 8);
-            uint64_t word = block << PV_INDEX_BLOCK_SHIFT | slot << PV_INDEX_SLOT_SHIFT | PV_INDEX_BLOCK;
-            memcpy(data + index + page * 8, &word, index + page * 8 + 8 <= size ? 8 : 0);
-        }
-        uint64_t whole = ((uint64_t)row.length + 7) & ~7ull;
-        if (row.offset < HEADER || row.offset > snapshot->end || whole > snapshot->end - row.offset)
-            continue;
-        row.checksum = pv_hash(file + row.offset, whole, 0);
-        memcpy(data + at + offsetof(struct pv_stored, checksum), &row.checksum, sizeof(row.checksum));
+    *random = *random * 1664525u + 1013904223u;
+    return *random >> 8;
+}
+
+/* One field of a row, or a word of INDEX or BACK, becomes one that a right one could be taken for. */
+static void change(uint8_t *data, const struct pv_snapshot *snapshot, const uint64_t sizes[MAPS], uint32_t random)
+{
+    uint64_t *index = (uint64_t *)data, *back = (uint64_t *)(data + sizes[0] + sizes[1]);
+    struct pv_stored *row = (struct pv_stored *)(data + sizes[0]) + next(&random) % snapshot->blocks;
+    struct pv_stored *other = (struct pv_stored *)(data + sizes[0]) + next(&random) % snapshot->blocks;
+    uint64_t page = next(&random) % snapshot->pages, slot = next(&random) % snapshot->backs;
+    uint32_t some = next(&random) % 17;
+    switch (next(&random) % 10) {
+    case 0:
+        row->slots = (uint16_t)(some < 9 ? some : row->slots * 2);
+        break;
+    case 1:
+        row->first = some < 9 ? snapshot->backs - some : other->first;
+        break;
+    case 2:
+        row->offset = some < 5 ? snapshot->end - 8 * some : some < 9 ? row->offset + some : other->offset;
+        break;
+    case 3:
+        row->length = some < 9 ? some : some < 12 ? row->length + 8 : UINT32_MAX - some;
+        break;
+    case 4:
+        row->codec = (uint16_t)(some % 4);
+        break;
+    case 5:
+        back[slot] = some < 9 ? snapshot->pages - 1 + some / 4 : page | (uint64_t)some << 58;
+        break;
+    case 6:
+        back[slot] = back[next(&random) % snapshot->backs];
+        break;
+    case 7:
+        index[page] = some < 4 ? some : index[next(&random) % snapshot->pages];
+        break;
+    case 8:
+        index[page] ^= 1ull << next(&random) % 64;
+        break;
+    default:
+        *row = *other;
     }
-    unmake(&made);
+    if (row->codec == PV_CODEC_RAW && some % 4)
+        row->length = row->slots * PAGE;
+}
+
+/* Has INDEX agree with a row and what it has in BACK. */
+static void agree(uint8_t *data, const struct pv_snapshot *snapshot, const uint64_t sizes[MAPS], uint64_t block)
+{
+    uint64_t *index = (uint64_t *)data, *back = (uint64_t *)(data + sizes[0] + sizes[1]);
+    const struct pv_stored *row = (struct pv_stored *)(data + sizes[0]) + block;
+    for (uint64_t slot = 0; slot < row->slots && row->first < snapshot->backs; slot++)
+        if (row->first + slot < snapshot->backs && back[row->first + slot] < snapshot->pages)
+            index[back[row->first + slot]] =
+                block << PV_INDEX_BLOCK_SHIFT | slot << PV_INDEX_SLOT_SHIFT | PV_INDEX_BLOCK;
+}
+
+static void seal_block(struct pv_stored *row, const uint8_t *area, uint64_t size)
+{
+    uint64_t at = row->offset - HEADER, whole = ((uint64_t)row->length + 7) & ~7ull;
+    if (row->offset >= HEADER && at <= size && whole <= size - at)
+        row->checksum = pv_hash(area + at, whole, 0);
 }
 
 size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t most, unsigned seed)
 {
-    const size_t head = sizeof(struct options);
-    if (seed % 3 == 0 && size > head + 8) { /* a part of it, so that the rest stays where it is */
-        size_t at = (seed >> 8) % (size - 8), part = 1 + (seed >> 4) % 32;
-        part = part < size - at ? part : size - at;
-        uint8_t piece[32] = {0};
-        memcpy(piece, data + at, part);
-        LLVMFuzzerMutate(piece, part, part);
-        memcpy(data + at, piece, part);
-    } else {
+    static uint64_t copy[(PAGES_MOST * 16 + ROWS_MOST * sizeof(struct pv_stored)) / 8 + 64]; /* aligned */
+    struct options options;
+    uint32_t random = seed, how = next(&random);
+    if (how % 4 == 0 || size < sizeof(options))
         size = LLVMFuzzerMutate(data, size, most);
+    if (how % 16 == 0 || size < sizeof(options))
+        return size;
+    memcpy(&options, data, sizeof(options));
+    struct pv_snapshot snapshot;
+    uint64_t sizes[MAPS];
+    dimension(&snapshot, &options, sizes);
+    uint64_t maps = sizes[0] + sizes[1] + sizes[2] + sizes[3];
+    CHECK(maps <= sizeof(copy));
+    if (!snapshot.blocks || size < sizeof(options) + maps)
+        return size;
+    uint8_t *at = (uint8_t *)copy;
+    memcpy(at, data + sizeof(options), maps);
+    size_t area = (size - sizeof(options) - maps) & ~7ull;
+    snapshot.end = HEADER + area;
+    for (uint32_t i = 0; how % 4 && i <= how / 16 % 3; i++)
+        change(at, &snapshot, sizes, next(&random));
+    for (uint64_t block = 0; block < snapshot.blocks; block++) {
+        if (how / 64 % 2)
+            agree(at, &snapshot, sizes, block);
+        seal_block((struct pv_stored *)(at + sizes[0]) + block, data + sizeof(options) + maps, area);
     }
-    if (seed % 8 && size > head)
-        repair(data, size, seed % 8 > 3);
+    memcpy(data + sizeof(options), at, maps);
+    if (how / 128 % 8 == 0) {
+        options.flags ^= HOW_UNWANTED;
+        options.unwanted = (uint16_t)next(&random);
+        memcpy(data, &options, sizeof(options));
+    }
     return size;
 }

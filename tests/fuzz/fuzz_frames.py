@@ -140,7 +140,8 @@ def repair_frames(stream: bytes, sequence: int) -> bytes:
             out += frame
             break
         raw = bytearray(frame)
-        raw[:8] = MAGIC + bytes((VERSION, _kind(frame[5]).TYPE, 0, 0))
+        raw[:6] = MAGIC + bytes((VERSION, _kind(frame[5]).TYPE))
+        raw[6:8] = bytes((frame[6] if frame[6] == 1 else 0, 0))  # a flag may stay
         raw[8:12] = (len(frame) - HEAD_SIZE).to_bytes(4, "little")
         raw[12:16] = (sequence + number & 0xFFFF_FFFF).to_bytes(4, "little")
         raw[16:24] = bytes(8)

@@ -17,10 +17,11 @@ from snapshot_files import ROW, TABLE, WORD, Forge, put, sealed, xxh64
 import pyvmm.snapshot.inspect
 import pyvmm.snapshot.load  # noqa: F401  (else imported when it is first used: too late to be instrumented)
 from pyvmm.errors import SnapshotError
-from pyvmm.layout import MIB, PAGE_SIZE, Gpa
+from pyvmm.layout import BLOCK_SIZE, MIB, PAGE_SIZE, Gpa
 from pyvmm.memory import GuestMemory
 from pyvmm.snapshot import Snapshot
 from pyvmm.snapshot.format import CHUNK, HEADER_SIZE, MAGIC, SECTIONS, align
+from pyvmm.state import State
 
 MAX_SIZE = 64 << 10
 MOST_WORDS = 16_000
@@ -52,7 +53,7 @@ def one_input(data: bytes) -> None:
             _attempt(reading)
             for reading in (
                 snapshot.info,
-                lambda: (snapshot.states, snapshot.large, snapshot.wset),
+                lambda: _maps(snapshot),
                 lambda: [snapshot.page_home(page) for page in range(0, snapshot.pages, 37)],
                 lambda: [snapshot.read_page(page) for page in range(0, snapshot.pages, 61)],
             )
@@ -74,17 +75,23 @@ def _attempt(reading: object) -> bool:
 def _loaded_as_read(snapshot: Snapshot) -> None:
     memory = GuestMemory(snapshot.memory_size, "4k")
     snapshot.load_into(memory)
-    stored = {}
+    expected = bytearray(snapshot.memory_size)
+    inherited = [page for page in range(snapshot.pages) if snapshot.page_home(page).kind == "parent"]
+    found = [(page, snapshot.read_page(page)) for page in inherited]
     for block in range(snapshot.blocks):
-        stored.update(snapshot.read_block(block))
+        found += snapshot.read_block(block)
+    for page, data in found:
+        expected[page * PAGE_SIZE : (page + 1) * PAGE_SIZE] = data
     with memory.view(Gpa(0), snapshot.memory_size) as view:
-        for page in range(snapshot.pages):
-            at = page * PAGE_SIZE
-            expected = stored.get(page)
-            if expected is None:
-                home = snapshot.page_home(page).kind
-                expected = snapshot.read_page(page) if home == "parent" else bytes(PAGE_SIZE)
-            assert view[at : at + PAGE_SIZE] == expected, f"page {page}"
+        assert bytes(view) == expected
+
+
+def _maps(snapshot: Snapshot) -> None:
+    """What is not pages: numbers that others rely on."""
+    assert all(block * BLOCK_SIZE < snapshot.memory_size for block in snapshot.large)
+    assert all(page < snapshot.pages for page in snapshot.wset)
+    assert len(set(snapshot.wset)) == len(snapshot.wset)
+    assert isinstance(snapshot.states, State)
 
 
 # ---- for fuzzers ----
@@ -127,7 +134,8 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
         area = made.head if name == "head" else made.blocks if name == "pages" else made.sections[name]
         if name == "head":
             size = rng.choice((1, 2, 4, 8))
-            put(made, rng.randrange(12, 530), f"{size}s", _bytes(rng, size))
+            place = rng.choice((rng.randrange(12, 530), 4 * rng.randrange(3, 34), TABLE + 8 * rng.randrange(24)))
+            put(made, place, f"{size}s", _bytes(rng, size))
         elif not area or rng.random() < 0.1:
             area[rng.randrange(len(area) + 1) :] = rng.randbytes(8 * rng.randrange(3))
         else:

@@ -17,7 +17,7 @@ int main(int count, char **names)
         CHECK(size >= 0);
         close(from);
         LLVMFuzzerTestOneInput(data, (size_t)size);
-        for (unsigned seed = 0; seed < 40; seed++) {
+        for (unsigned seed = 0; seed < 12; seed++) {
             size = (ssize_t)LLVMFuzzerCustomMutator(data, (size_t)size, sizeof(data) / 2, seed);
             LLVMFuzzerTestOneInput(data, (size_t)size);
         }

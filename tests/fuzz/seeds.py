@@ -150,17 +150,23 @@ def _bytes_of(path: str) -> bytes:
 
 def block_maps() -> list[bytes]:
     """What fuzz_blocks.c reads: options, then the maps of a snapshot and its storage blocks, from byte 4096 of its file
-    on."""
-    found = []
-    for raw in snapshots():
-        header = decode(raw[:HEADER_SIZE], len(raw), "")
-        slots = header.block_size // PAGE_SIZE
-        options = CODECS.index(header.codec), slots.bit_length() - 3, header.depth > 0, 0
-        counts = header.pages - 1, header.blocks, header.backs, 0, 0, 0
-        maps = [raw[each.offset : each.offset + each.length] for each in map(header.sections.get, _MAPS)]
-        area = raw[HEADER_SIZE : header.sections["states"].offset]
-        found.append(struct.pack("<4B6H", *options, *counts) + b"".join(maps) + area)
-    return found
+    on. Small files; one of larger blocks in which all pages are; and with pages that are there already."""
+    files = snapshots()
+    with tempfile.TemporaryDirectory() as at:
+        path = os.path.join(at, "file")
+        save(path, small_ram(1), None, AVAILABLE[-1], block_size=64 << 10)
+        files.append(_bytes_of(path))
+    return [_maps_of(raw, unwanted) for raw in files for unwanted in (0, 0x155)]
+
+
+def _maps_of(raw: bytes, unwanted: int) -> bytes:
+    header = decode(raw[:HEADER_SIZE], len(raw), "")
+    slots = header.block_size // PAGE_SIZE
+    options = CODECS.index(header.codec), slots.bit_length() - 3, header.depth > 0, unwanted > 0
+    counts = header.pages - 1, header.blocks, header.backs, unwanted, 0, 0
+    maps = [raw[each.offset : each.offset + each.length] for each in map(header.sections.get, _MAPS)]
+    area = raw[HEADER_SIZE : header.sections["states"].offset]
+    return struct.pack("<4B6H", *options, *counts) + b"".join(maps) + area
 
 
 _MAPS = ("index", "blocks", "back", "large")
@@ -193,7 +199,7 @@ def images() -> list[bytes]:
     found = [bytes((0,)) + data for data in VALID.values()]
     found.append(bytes((3,)) + b"\xf4" * 16)
     found.append(bytes((4,)) + b"\xf4" * 16)
-    return [*found, bytes((0,)) + with_symbols()]
+    return [*found, bytes((130,)) + with_symbols()]
 
 
 def with_symbols() -> bytes:
