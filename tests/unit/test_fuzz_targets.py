@@ -59,7 +59,7 @@ def test_seeds_and_what_is_made_of_them(target):
 def test_c_targets_take_their_seeds_and_what_they_make_of_them(name, tmp_path):
     """With the compiler that builds all else, and without sanitizers: what they compare is compared all the same."""
     run = importlib.import_module("run")
-    flags = ("-Wall", "-Wextra", "-Werror", "-Wshadow")
+    flags = ("-O0", "-Wall", "-Wextra", "-Werror", "-Wshadow")
     program = run.build(name, tmp_path, os.environ.get("CC", "gcc"), flags, (), "replay.c")
     files = []
     for number, seed in enumerate(importlib.import_module("seeds").SEEDS[name]()):
