@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 LOCK := .ci/requirements.lock
+SECONDS := 60
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help: ## list the targets
@@ -28,6 +29,9 @@ demo: build ## run guests, look at them, save and restore one
 test: build ## run the tests
 	@$(BIN)/python -m pytest -q
 
+fuzz: build ## fuzz what reads hostile input: SECONDS=60 for each of TARGETS="frames stream ..." (all)
+	@$(BIN)/python tests/fuzz/run.py --seconds $(SECONDS) $(TARGETS)
+
 check: build ## ruff, mypy strict, C warnings as errors
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -43,4 +47,4 @@ clean: ## remove what was built
 	rm -rf $(VENV) build out dist cffi_build/generated pyvmm/guests/*.elf pyvmm/_native.*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup build demo test check lock clean
+.PHONY: help setup build demo test fuzz check lock clean

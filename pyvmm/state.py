@@ -33,7 +33,7 @@ class State(Record):
         """The fields, if this is that kind and version; else raises StateError naming both."""
         if (self.kind, self.version) != (kind, version):
             raise StateError(
-                f"cannot restore a {self.kind!r} state of version {self.version} into {kind!r} of version {version}"
+                f"cannot restore a {self.kind!r:.80} state of version {self.version} into {kind!r} of version {version}"
             )
         return self.fields
 

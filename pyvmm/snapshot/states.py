@@ -166,6 +166,6 @@ class _Decoder:
         for _ in range(self._count(5)):
             name = self._text()
             if name in table:
-                raise self.damaged(f"{name!r} comes twice")
+                raise self.damaged(f"{name!r:.80} comes twice")
             table[name] = self.value(nested + 1)
         return table

@@ -1,12 +1,13 @@
-# snapshot_files.py: small snapshot files for tests, and the RAM that they are of.
+# snapshot_files.py: small snapshot files for tests, the RAM that they are of, and files forged from them.
 from __future__ import annotations
 
 import random
+import struct
 
 from pyvmm._native import ffi, lib
 from pyvmm.layout import PAGE_SIZE
 from pyvmm.snapshot import Snapshot
-from pyvmm.snapshot.format import CODECS, HEADER_SIZE
+from pyvmm.snapshot.format import CHUNK, CODECS, HEADER_SIZE, SECTIONS, align, decode
 from pyvmm.snapshot.writer import Writer
 from pyvmm.state import State
 
@@ -52,3 +53,52 @@ def sealed(raw):
     """The header of these bytes with its checksum put right."""
     raw[HEADER_SIZE - 8 : HEADER_SIZE] = xxh64(bytes(raw[: HEADER_SIZE - 8])).to_bytes(8, "little")
     return raw
+
+
+# ---- forged: with all checksums right ----
+
+WORD = struct.Struct("<Q")
+ROW = struct.Struct("<QQQIHH")
+TABLE = 136
+"""Where the table of sections begins."""
+
+
+class Forge:
+    """The bytes of a snapshot, to be changed: sections by name, checksums made right at the end."""
+
+    def __init__(self, raw):
+        self.header = decode(raw[:HEADER_SIZE], len(raw), "")
+        self.head = bytearray(raw[:HEADER_SIZE])
+        self.blocks = bytearray(raw[HEADER_SIZE : self.header.sections["states"].offset])
+        sections = self.header.sections
+        self.sections = {
+            name: bytearray(raw[sections[name].offset : sections[name].offset + sections[name].length])
+            for name in SECTIONS
+        }
+
+    def word(self, section, index, value=None):
+        if value is not None:
+            WORD.pack_into(self.sections[section], 8 * index, value & (1 << 64) - 1)
+        return WORD.unpack_from(self.sections[section], 8 * index)[0]
+
+    def row(self, block, **changed):
+        names = ("offset", "checksum", "first", "length", "slots", "codec")
+        values = dict(zip(names, ROW.unpack_from(self.sections["blocks"], 32 * block), strict=True))
+        values.update(changed)
+        ROW.pack_into(self.sections["blocks"], 32 * block, *values.values())
+        return values
+
+    def raw(self):
+        out = self.head + self.blocks
+        for number, name in enumerate(SECTIONS):
+            data = self.sections[name]
+            padded = bytes(data).ljust(align(len(data)), b"\0")
+            sums = b"".join(WORD.pack(xxh64(padded[at : at + CHUNK])) for at in range(0, len(padded), CHUNK))
+            struct.pack_into("<QQQQ", out, TABLE + 32 * number, number + 1, len(out), len(data), xxh64(sums))
+            out += padded + sums
+        WORD.pack_into(out, 80, len(out))
+        return sealed(out)
+
+
+def put(made, at, kind, *values):
+    struct.pack_into(kind, made.head, at, *values)

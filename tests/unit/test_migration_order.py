@@ -269,6 +269,16 @@ def test_what_is_no_shape():
         decode_shape(encode(State("shape", 2, {})))
 
 
+def test_what_is_said_of_a_shape_fits_into_refuse():
+    """Also where names in it are as long as it may be: the other side is to be told."""
+    name = b"s" + (30_000).to_bytes(4, "little") + b"\x1b" * 30_000
+    twice = b"S\5\0\0\0shape\1\0\0\0\2\0\0\0" + 2 * (name[1:] + b"T")
+    for raw in (encode(State("x" * 60_000, 1, {})), encode(State("\n" * 60_000, 1, {})), twice):
+        with pytest.raises(ProtocolError, match="shape in HELLO") as error:
+            decode_shape(raw)
+        frames.Refuse(str(error.value))
+
+
 @given(st.binary(max_size=200), st.integers(0, 400))
 def test_damaged_shapes(tail, keep):
     with suppress(ProtocolError):

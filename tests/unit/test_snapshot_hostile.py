@@ -11,7 +11,20 @@ import threading
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from snapshot_files import AVAILABLE, PAGES, STATE, pages_in, save, sealed, some_ram, xxh64
+from snapshot_files import (
+    AVAILABLE,
+    PAGES,
+    STATE,
+    TABLE,
+    WORD,
+    Forge,
+    pages_in,
+    put,
+    save,
+    sealed,
+    some_ram,
+    xxh64,
+)  # fmt: skip
 
 from pyvmm.errors import SnapshotError
 from pyvmm.layout import PAGE_SIZE
@@ -22,10 +35,6 @@ from pyvmm.snapshot.format import CHUNK, HEADER_SIZE, ID_SIZE, MAX_MEMORY, SECTI
 
 FLIPS = 1000
 CUTS = 200
-WORD = struct.Struct("<Q")
-ROW = struct.Struct("<QQQIHH")
-TABLE = 136
-"""Where the table of sections begins."""
 BLOCK_KIND, PARENT_KIND = 1, 2
 
 
@@ -128,43 +137,6 @@ def test_no_file_is_no_snapshot(tmp_path):
 # ---- forged: with all checksums right ----
 
 
-class Forge:
-    """The bytes of a snapshot, to be changed: sections by name, checksums made right at the end."""
-
-    def __init__(self, raw):
-        self.header = decode(raw[:HEADER_SIZE], len(raw), "")
-        self.head = bytearray(raw[:HEADER_SIZE])
-        self.blocks = bytearray(raw[HEADER_SIZE : self.header.sections["states"].offset])
-        sections = self.header.sections
-        self.sections = {
-            name: bytearray(raw[sections[name].offset : sections[name].offset + sections[name].length])
-            for name in SECTIONS
-        }
-
-    def word(self, section, index, value=None):
-        if value is not None:
-            WORD.pack_into(self.sections[section], 8 * index, value & (1 << 64) - 1)
-        return WORD.unpack_from(self.sections[section], 8 * index)[0]
-
-    def row(self, block, **changed):
-        names = ("offset", "checksum", "first", "length", "slots", "codec")
-        values = dict(zip(names, ROW.unpack_from(self.sections["blocks"], 32 * block), strict=True))
-        values.update(changed)
-        ROW.pack_into(self.sections["blocks"], 32 * block, *values.values())
-        return values
-
-    def raw(self):
-        out = self.head + self.blocks
-        for number, name in enumerate(SECTIONS):
-            data = self.sections[name]
-            padded = bytes(data).ljust(align(len(data)), b"\0")
-            sums = b"".join(WORD.pack(xxh64(padded[at : at + CHUNK])) for at in range(0, len(padded), CHUNK))
-            struct.pack_into("<QQQQ", out, TABLE + 32 * number, number + 1, len(out), len(data), xxh64(sums))
-            out += padded + sums
-        WORD.pack_into(out, 80, len(out))
-        return sealed(out)
-
-
 @pytest.fixture
 def forge(tmp_path):
     """(path, Forge) of a small raw file."""
@@ -174,10 +146,6 @@ def forge(tmp_path):
     assert made.raw() == path.read_bytes()  # nothing forged yet
     assert [name for name in SECTIONS if not made.sections[name]] == []
     return path, made
-
-
-def put(made, at, kind, *values):
-    struct.pack_into(kind, made.head, at, *values)
 
 
 HEADERS = {

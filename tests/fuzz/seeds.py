@@ -1,0 +1,233 @@
+# seeds.py: what fuzzers begin with, made by code: for each target inputs that are right, by the name of the target.
+"""`SEEDS`: name -> a call that gives inputs; `some_frame()`: any frame, as FIELDS of its class say."""
+
+from __future__ import annotations
+
+import os
+import random
+import struct
+import tempfile
+from contextlib import suppress
+
+from snapshot_files import AVAILABLE, PAGES, Forge, put, save
+from test_image_hostile import VALID
+from test_migration_order import WELCOME, WHOLE, hello
+
+from pyvmm.errors import ProtocolError
+from pyvmm.layout import PAGE_SIZE
+from pyvmm.migration import capture, frames
+from pyvmm.migration.frames import CONTROL, MAX_PAGES, MAX_RUN, RUNS, Fixed, Number, Rest, Text, encode
+from pyvmm.migration.shape import Shape
+from pyvmm.snapshot import Snapshot
+from pyvmm.snapshot.format import CODECS, HEADER_SIZE, decode
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+FRAME_KINDS = (*CONTROL, *RUNS)
+_LETTERS = "abc 019:/.\u00e4\u4e2d"
+
+
+# ---- frames ----
+
+
+def some_frame(rng: random.Random, kind: type | None = None) -> frames.Frame:
+    """A frame that can be sent, of that kind or of any."""
+    while True:
+        chosen = kind or rng.choice(FRAME_KINDS)
+        values = {name: _value(rng, field) for name, field in chosen.FIELDS.items()}
+        _agree(rng, chosen, values)
+        with suppress(ProtocolError):
+            return chosen(**values)
+
+
+def _value(rng: random.Random, field: object) -> object:
+    if isinstance(field, Number):
+        small = min(field.high, field.low + 9)
+        return rng.choice((field.low, field.high, rng.randint(field.low, small), rng.randint(field.low, field.high)))
+    if isinstance(field, Fixed):
+        return rng.randbytes(field.size)
+    if isinstance(field, Text):
+        return "".join(rng.choices(_LETTERS, k=rng.randrange(20)))
+    assert isinstance(field, Rest)
+    return rng.randbytes(rng.randint(field.low, field.low + 40))
+
+
+def _agree(rng: random.Random, kind: type, values: dict) -> None:
+    """Fields that depend on each other."""
+    if "bits" in values:
+        count = values["count"] = rng.randint(1, 300)
+        values["first"] %= kind.LIMIT - 300
+        values["bits"] = rng.getrandbits(count).to_bytes(-(-count // 8), "little")
+    elif "count" in values:
+        values["first"] %= MAX_PAGES
+        values["count"] = rng.randint(0, min(20, MAX_PAGES - values["first"], MAX_RUN - values["first"] % MAX_RUN))
+    elif "total" in values:
+        values["total"] = min(values["offset"] + len(values["data"]), kind.FIELDS["total"].high)
+
+
+def _stream(sent: list, sequence: int = 0) -> bytes:
+    return b"".join(encode(frame, sequence + number) for number, frame in enumerate(sent))
+
+
+def frame_streams() -> list[bytes]:
+    """Whole migrations, and each kind of frame for itself."""
+    rng = random.Random(1)
+    found = [
+        bytes(4) + _stream([hello(mode), WELCOME, *(frame for _, frame in steps)]) for mode, steps in WHOLE.items()
+    ]
+    for kind in FRAME_KINDS:
+        found.append(bytes((1, 2, 3, 4)) + _stream([some_frame(rng, kind) for _ in range(3)], (1 << 32) - 2))
+    return found
+
+
+# ---- shapes and captures ----
+
+
+def shapes() -> list[bytes]:
+    """Shapes of small and large VMs."""
+    return [
+        Shape(2 << 20, 1, {"vm": 1}, 2_000_000, 4096, codecs=("raw",)).encode(),
+        Shape(4 << 30, 2, {"vm": 1, "vcpu": 3}, 2_400_000, 8192, "2m", True, ("zstd", "lz4", "raw")).encode(),
+        Shape(8192 << 10, 64, {}, 1, 1, "4k", regions=((0, 1 << 20), (2 << 20, 7 << 20))).encode(),
+    ]
+
+
+def captures() -> list[bytes]:
+    """Some of each kind, a HELLO with a real shape, and one without any frame."""
+    rng = random.Random(2)
+    sent = [some_frame(rng, kind) for kind in FRAME_KINDS]
+    sent.append(frames.Hello(bytes(16), bytes(32), 1, 1, 0, "tcp:host:1", shapes()[0]))
+    head = capture._FILE.pack(capture.MAGIC, capture.VERSION, 0)
+    rows = []
+    for number, frame in enumerate(sent):
+        raw = encode(frame, number)
+        rows.append(capture._ENTRY.pack(number * 1000, number % 2, number % 3, 0, len(raw)) + raw)
+    return [head, head + b"".join(rows), *(head + row for row in rows[::5])]
+
+
+# ---- snapshots ----
+
+
+def small_ram(seed: int) -> bytes:
+    """Of a snapshot: what a codec makes small, so that little of the file is pages."""
+    return b"".join(bytes((seed, page % 7)) * (PAGE_SIZE // 2) for page in range(PAGES))
+
+
+def parent_file(path: str) -> None:
+    """Writes the snapshot that child files of these seeds build on, always with the same id."""
+    save(path, small_ram(9), range(4), AVAILABLE[-1], wset=[1])
+    with open(path, "r+b") as file:
+        made = Forge(file.read())
+        put(made, 48, "<16s", b"p" * 16)
+        file.seek(0)
+        file.write(made.raw())
+
+
+def snapshots() -> list[bytes]:
+    """Small files of each codec, with working set and large pages; one that has a parent; one without any page."""
+    found = []
+    with tempfile.TemporaryDirectory() as at:
+        parent, path = os.path.join(at, "parent"), os.path.join(at, "file")
+        parent_file(parent)
+        for number, codec in enumerate(AVAILABLE):
+            pages = range(0, 5 if codec == "raw" else 40, 1 + number)
+            save(path, small_ram(number), pages, codec, large=(0,), wset=[2, 0])
+            found.append(_bytes_of(path))
+        with Snapshot.open(parent) as opened:
+            save(path, small_ram(5), [3, 400, 9], AVAILABLE[-1], parent=opened)
+        found.append(_bytes_of(path))
+        save(path, small_ram(5), [], large=())
+        found.append(_bytes_of(path))
+    return found
+
+
+def _bytes_of(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def block_maps() -> list[bytes]:
+    """What fuzz_blocks.c reads: options, then the maps of a snapshot and its storage blocks, from byte 4096 of its file
+    on. Small files; one of larger blocks in which all pages are; and with pages that are there already."""
+    files = snapshots()
+    with tempfile.TemporaryDirectory() as at:
+        path = os.path.join(at, "file")
+        save(path, small_ram(1), None, AVAILABLE[-1], block_size=64 << 10)
+        files.append(_bytes_of(path))
+    return [_maps_of(raw, unwanted) for raw in files for unwanted in (0, 0x155)]
+
+
+def _maps_of(raw: bytes, unwanted: int) -> bytes:
+    header = decode(raw[:HEADER_SIZE], len(raw), "")
+    slots = header.block_size // PAGE_SIZE
+    options = CODECS.index(header.codec), slots.bit_length() - 3, header.depth > 0, unwanted > 0
+    counts = header.pages - 1, header.blocks, header.backs, unwanted, 0, 0
+    maps = [raw[each.offset : each.offset + each.length] for each in map(header.sections.get, _MAPS)]
+    area = raw[HEADER_SIZE : header.sections["states"].offset]
+    return struct.pack("<4B6H", *options, *counts) + b"".join(maps) + area
+
+
+_MAPS = ("index", "blocks", "back", "large")
+
+
+# ---- page streams ----
+
+
+def page_streams() -> list[bytes]:
+    """What fuzz_stream.c reads: 8 bytes of options, then frames of pages without the pages."""
+    rounds = [
+        [frames.Bytes(0, 3, 1), frames.Zeros(3, 700, 1), frames.Bytes(1023, 1, 1), frames.End(704, 0, 1)],
+        [frames.Zeros(0, 1100, 1), frames.End(1100, 0, 1), frames.Bytes(512, 64, 2), frames.End(64, 0, 2)],
+        [frames.Request(5, 1, 0), frames.Pull(0, 512, 0), frames.Zeros(9, 1, 0), frames.Bytes(1099, 1, 0)],
+        [frames.Bytes(page, 1, 1) for page in range(20)],
+        [frames.Bytes(512, 512, 1), frames.End(512, 0, 1)],
+    ]
+    return [
+        bytes((how, how * 7 & 0xFF, 3 + how, 40, 255, 1, 24, 0)) + _stream(sent)
+        for sent in rounds
+        for how in (0, 1, 2, 9, 15)
+    ]
+
+
+# ---- images ----
+
+
+def images() -> list[bytes]:
+    """Of each format; a byte before says which one is asked for."""
+    found = [bytes((0,)) + data for data in VALID.values()]
+    found.append(bytes((3,)) + b"\xf4" * 16)
+    found.append(bytes((4,)) + b"\xf4" * 16)
+    return [*found, bytes((130,)) + with_symbols()]
+
+
+def with_symbols() -> bytes:
+    """An ELF file with nothing but sections: names, two symbols and their names."""
+    names, strings = b"\0.shstrtab\0.symtab\0.strtab\0.text\0", b"\0main\0table\0"
+    symbols = (
+        bytes(24)
+        + struct.pack("<IBBHQQ", 1, 0x12, 0, 4, 0x100000, 16)
+        + struct.pack("<IBBHQQ", 6, 0x11, 0, 4, 0x100010, 0)
+    )
+    parts = [b"", names, symbols, strings, b"\xf4" * 32]
+    rows, at = [], 64
+    kinds = [(0, 0, 0, 0, 0), (1, 3, 0, 0, 0), (11, 2, 3, 1, 24), (19, 3, 0, 0, 0), (27, 1, 0, 0, 0)]
+    for (name, kind, link, info, size), part in zip(kinds, parts, strict=True):
+        address = 0x100000 if kind == 1 else 0
+        rows.append(struct.pack("<IIQQQQIIQQ", name, kind, 2, address, at, len(part), link, info, 1, size))
+        at += len(part)
+    ident = b"\x7fELF\2\1\1" + bytes(9)
+    head = struct.pack("<HHIQQQIHHHHHH", 2, 62, 1, 0x100000, 0, at, 0, 64, 56, 0, 64, len(rows), 1)
+    return ident + head + b"".join(parts) + b"".join(rows)
+
+
+SEEDS: dict[str, Callable[[], list[bytes]]] = {
+    "frames": frame_streams,
+    "shape": shapes,
+    "capture": captures,
+    "snapshot": snapshots,
+    "image": images,
+    "stream": page_streams,
+    "blocks": block_maps,
+}
