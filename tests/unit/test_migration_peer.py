@@ -52,7 +52,8 @@ struct pv_run_frame { uint8_t magic[4], version, type; uint16_t flags; uint32_t 
                       uint64_t first; uint32_t count, round; };
 struct pv_stream { int fd; uint32_t fault; int64_t timeout_ns; uint32_t waits, sending, receiving;
                    uint64_t runs, bytes_pages, zero_pages, wire_bytes; void *notes;
-                   uint64_t notes_room, notes_used, notes_lost; uint8_t ahead[120]; uint32_t ahead_at, ahead_used; };
+                   uint64_t notes_room, notes_used, notes_lost; uint32_t pulled; int32_t pull_pid; uint64_t pull_ram;
+                   uint8_t ahead[120]; uint32_t ahead_at, ahead_used; };
 struct pv_inbox { uint64_t block, settled; uint32_t count; uint64_t came, dropped, failed, pages[8], zeros[8];
                   uint8_t bytes[2097152]; };
 struct pv_peer_told { uint32_t state, fault; int error; struct pv_run_frame frame;
