@@ -34,6 +34,11 @@ class Pace:
         self._lock = threading.Lock()
         self._due = 0.0
 
+    @property
+    def bound(self) -> bool:
+        """Is there a limit?"""
+        return self._rate > 0
+
     def wait(self, size: int, stop: threading.Event) -> None:
         """Before `size` bytes: returns when they may go, or at `stop`."""
         if not self._rate:
@@ -55,7 +60,8 @@ class Sender:
         self._memory = memory
         self._channels = channels
         self._pages = memory.size // PAGE_SIZE
-        self._pace = Pace(rate)
+        self.pace = Pace(rate)
+        """Of all that this side sends: also of what goes after the switch."""
         self._pulled = pulled
         self._pins = ExitStack()
         self._stop = threading.Event()
@@ -163,7 +169,7 @@ class Sender:
             if not used:
                 return
             pages = _STEP - int(left[0])
-            self._pace.wait(pages * PAGE_SIZE, self._stop)
+            self.pace.wait(pages * PAGE_SIZE, self._stop)
             with self._memory.pinned(table, used):
                 channel.send_table(table, used, round)
             self._sent[index] += pages

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import secrets
 import threading
+from contextlib import suppress
 
 from pyvmm.errors import BadInput, MigrationError, PyvmmError, StateError
 from pyvmm.machine.migrating.arriving import Arriving
@@ -15,10 +16,10 @@ from pyvmm.machine.shape import build
 from pyvmm.memory.source import UNITS
 from pyvmm.migration.accepting import Acceptor
 from pyvmm.migration.address import parse_address
-from pyvmm.migration.control import Abandoned, Cancelled, Control
+from pyvmm.migration.control import Abandoned, Cancelled, Control, line
 from pyvmm.migration.decision import Decision
 from pyvmm.migration.events import Connected, Report
-from pyvmm.migration.frames import FEATURES, MODES, Welcome
+from pyvmm.migration.frames import FEATURES, MODES, Refuse, Welcome
 from pyvmm.migration.opening import Terms
 from pyvmm.migration.order import DESTINATION, Order
 from pyvmm.migration.shape import decode_shape
@@ -82,6 +83,7 @@ class Incoming(Session):
         self._running = threading.Event()
         self._closing = threading.Event()
         self._handed = False
+        self._reason = "closed before a guest moved here"
         self._taking: Taking | None = None
         self._decision: Decision | None = None
         recorder = None
@@ -109,6 +111,7 @@ class Incoming(Session):
 
     def cancel(self, reason: str = "it was cancelled") -> None:
         """No guest is wanted here any more, unless it runs here by now."""
+        self._reason = reason
         self._closing.set()
         if self._taking is not None and not self._runs_here():
             self._taking.control.fail(Cancelled(reason))
@@ -139,11 +142,18 @@ class Incoming(Session):
             while True:
                 found = self._acceptor.hello(_WAIT)
                 if self._closing.is_set():
-                    raise Cancelled("closed before a guest moved here")
+                    if found is not None:
+                        self._turn_away(found[0])
+                    raise Cancelled(self._reason)
                 if found is not None:
                     return self._one(*found)
         finally:
             self._running.set()
+
+    def _turn_away(self, connection: Connection) -> None:
+        """Who came when no guest was wanted any more."""
+        with connection, suppress(MigrationError):
+            connection.send(Refuse(line(self._reason)), 1.0)
 
     def _one(self, connection: Connection, hello: Hello) -> Report:
         """One migration."""

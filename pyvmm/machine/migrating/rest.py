@@ -16,14 +16,15 @@ if TYPE_CHECKING:
     from pyvmm.migration.events import Report
     from pyvmm.migration.link import Link
     from pyvmm.migration.pages import PageChannel
+    from pyvmm.migration.sending import Pace
 
 
 class Rest:
     """The pages of a VM that stands still for good. What its threads meet with ends the link's control connection: who
     waits there makes all anew, and start() goes on with what the destination has not got."""
 
-    def __init__(self, memory: GuestMemory, link: Link, away: PageSet | None) -> None:
-        """away: pages that come after the switch; None: all."""
+    def __init__(self, memory: GuestMemory, link: Link, away: PageSet | None, pace: Pace) -> None:
+        """away: pages that come after the switch; None: all. pace: of what nobody has asked for."""
         self._memory = memory
         self._link = link
         self._have = away.complement() if away is not None else None
@@ -31,7 +32,8 @@ class Rest:
         self._served = Served(memory, self._have)
         self._threads: list[threading.Thread] = []
         self._channels: list[PageChannel] = []
-        self._stopping = False
+        self._stopping = threading.Event()
+        self._pace = pace
         self._wire = 0
 
     @property
@@ -44,14 +46,14 @@ class Rest:
         """Serves, in threads: one for what touches ask for, one for each pages channel."""
         assert self._link.urgent is not None
         self._channels = [self._link.urgent, *self._link.pages]
-        self._stopping = False
+        self._stopping.clear()
         self._run("migration urgent", self._served.serve, self._link.urgent)
         for channel in self._link.pages:
-            self._run("migration pages", self._served.send_all, channel)
+            self._run("migration pages", self._send, channel)
 
     def stop(self) -> None:
         """Ends the threads; their connections are of no use any more."""
-        self._stopping = True
+        self._stopping.set()
         for channel in self._channels:
             channel.end()
         for thread in self._threads:
@@ -77,12 +79,18 @@ class Rest:
         report.faults, report.fault_seconds = counts.requests, counts.ns / 1e9
         report.wire_bytes += self._wire
 
+    def _send(self, channel: PageChannel) -> None:
+        def pace(size: int) -> None:
+            self._pace.wait(size, self._stopping)
+
+        self._served.send_all(channel, stop=self._stopping.is_set, pace=pace if self._pace.bound else None)
+
     def _run(self, name: str, work, channel: PageChannel) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001
         def run() -> None:
             try:
                 work(channel)
             except PyvmmError as error:
-                if not self._stopping:
+                if not self._stopping.is_set():
                     self._link.control.fail(error)  # type: ignore[arg-type]
 
         self._threads.append(threading.Thread(target=run, name=name, daemon=True))
