@@ -68,6 +68,7 @@ class Sender:
         self._tables = [ffi.new("struct pv_run_pages[]", _STEP) for _ in channels]
         self._sent = [0] * len(channels)
         self._threads: list[threading.Thread] = []
+        self._starting = threading.Lock()  # who ends it meanwhile waits for all threads of the round
         self._errors: list[BaseException] = []
 
     @property
@@ -100,8 +101,9 @@ class Sender:
             thread = threading.Thread(
                 target=self._channel, args=(index, channel, round, shares[index], empty), name="migration pages"
             )
-            self._threads.append(thread)
-            thread.start()
+            with self._starting:
+                thread.start()
+                self._threads.append(thread)
 
     def done(self, seconds: float) -> bool:
         """Waits so long at most: has all of the round gone? Raises what a channel met with."""
@@ -124,7 +126,9 @@ class Sender:
         self._stop.set()
         for channel in self._channels:
             channel.end()
-        for thread in self._threads:
+        with self._starting:
+            threads = list(self._threads)
+        for thread in threads:  # one that starts later sends nothing
             thread.join()
         self._pins.close()
 
@@ -159,7 +163,7 @@ class Sender:
             self._errors.append(error)
 
     def _send(self, index: int, channel: PageChannel, round: int, runs: Runs) -> None:
-        if self._pulled:
+        if self._pulled and not self._stop.is_set():
             self._pins.enter_context(self._memory.pinned(runs.native, len(runs)))
         run, done, left = ffi.new("uint64_t *"), ffi.new("uint64_t *"), ffi.new("uint64_t *")
         table = self._tables[index]

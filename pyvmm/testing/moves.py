@@ -142,12 +142,13 @@ class Move:
 
     def _stayed(self, why: MigrationError) -> None:
         """It came to nothing: the guest runs on at its source, which says so."""
-        if not self._cancelled and not str(why).partition("says: ")[2].startswith(_GIVES_UP):
+        gave_up = _GIVES_UP in str(why)
+        if not self._cancelled and not gave_up:
             raise Wrong(f"the guest has not moved: {why}")
         try:
             self._out.result(PATIENCE)
         except MigrationError as error:
-            if self._cancelled and not _tells_of(error, why):
+            if not gave_up and not _tells_of(error, why):
                 raise Wrong(f"cancelled, and it ended because: {error}") from None
         else:
             raise Wrong(f"the guest has moved, says its source, and the destination: {why}")

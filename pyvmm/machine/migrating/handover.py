@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import suppress
 
 from pyvmm.errors import MigrationError
 from pyvmm.layout import PAGE_SIZE
@@ -159,7 +160,8 @@ class Handover:
                 raise
             except MigrationError as error:
                 begin = self._again(error)
-        self._link.control.send(Done())
+        with suppress(MigrationError):  # it has all, and may have gone since
+            self._link.control.send(Done())
         self._decision.release()
 
     @property

@@ -111,6 +111,8 @@ class Incoming(Session):
 
     def cancel(self, reason: str = "it was cancelled") -> None:
         """No guest is wanted here any more, unless it runs here by now."""
+        if self._runs_here():
+            return
         self._reason = reason
         self._closing.set()
         if self._taking is not None and not self._runs_here():
