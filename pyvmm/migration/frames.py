@@ -339,7 +339,8 @@ class Taken(Frame):
 
 class Complete(Frame):
     TYPE = 15
-    __slots__ = ()
+    __slots__ = ("large",)
+    FIELDS = _fields(large=Number(8, MAX_BLOCKS))
 
 
 class Done(Frame):

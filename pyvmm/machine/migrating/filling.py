@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 class Filling:
     """From WELCOME to PREPARE. large: the bitmap of the source's large blocks, None: it said nothing; away: pages that
-    come after the switch, None: all, or none; state: of the VM; source: pid and address where pages can be read."""
+    come after the switch, None: all, or none; seen: those that came, hot: of them, those that the guest wrote to
+    meanwhile; state: of the VM; source: pid and address where pages can be read."""
 
     def __init__(self, vm: VM, control: Control, terms: Terms) -> None:
         self._vm = vm
@@ -39,6 +40,8 @@ class Filling:
         self.large: bytes | None = None
         self.away: PageSet | None = None
         self.source = (0, 0)
+        self.seen = PageSet(self._total)
+        self.hot = PageSet(self._total)
         self.state: State
 
     def join(self, acceptor: Acceptor, stack: ExitStack) -> None:
@@ -73,10 +76,12 @@ class Filling:
         if len(large) * 8 >= -(-self._vm.memory.size // BLOCK_SIZE):
             self.large = bytes(large)
         arrivals = Arrivals(self._total, self.large)
-        seen = PageSet(self._total)
+        seen = self.seen
         while type(frame) is Round:
             control.send(RoundDone(frame.round, receiver.round(arrivals, frame.round, frame.pages)))
             seen.add_bits(arrivals.came)
+            if frame.round > 1:
+                self.hot.add_bits(arrivals.came)
             frame = control.next()
         prepare = self._states(frame)
         report.wire_bytes, report.page_bytes = receiver.wire_bytes, receiver.page_bytes

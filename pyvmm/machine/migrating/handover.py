@@ -193,6 +193,7 @@ class Handover:
             elif isinstance(frame, Have):
                 self._have(frame)
             elif isinstance(frame, Complete):
+                self._report.large_after = frame.large
                 if self._rest is not None:
                     self._rest.stop()
                     self._rest.fill_in(self._report)

@@ -9,6 +9,7 @@ import threading
 from pyvmm.errors import BadInput, MigrationError, PyvmmError, StateError
 from pyvmm.machine.migrating.arriving import Arriving
 from pyvmm.machine.migrating.filling import Filling
+from pyvmm.machine.migrating.populating import second_level
 from pyvmm.machine.migrating.session import Session
 from pyvmm.machine.migrating.taking import Taking, places
 from pyvmm.machine.shape import build
@@ -179,7 +180,6 @@ class Incoming(Session):
         taking.finish()
         if taking.arriving is not None:
             taking.arriving.fill_in(report)
-        report.large_after = vm.memory.large_blocks()
         self._finished(report)
         taking.farewell()
         decision.close()
@@ -204,6 +204,7 @@ class Incoming(Session):
             vm.restore_state(filling.state)
         except StateError as error:
             raise MigrationError(f"the states do not go in here: {error}") from None
+        report.populate_seconds = report.populate_inside = second_level(vm, filling.hot, filling.seen)
         if self._prepare is not None:
             self._prepare(vm)
         taking.take(away or 0)

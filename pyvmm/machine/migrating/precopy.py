@@ -179,7 +179,8 @@ class Precopy:
         if decision.defer and before is not None:
             once = PageSet(self._pages, dirty).remove(PageSet(self._pages, before))
             hot = PageSet(self._pages, dirty).remove(once)
-            wanted.remove(hot)
+            cold = PageSet(self._pages, wanted.runs()).remove(hot)
+            return cold if cold.count() else wanted
         return wanted
 
     def _send(self, control: Control, pages: PageSet, zeros: PageSet | None) -> None:
