@@ -56,7 +56,7 @@ class Sender(PageChannels):
         self._memory = memory
         super().__init__(channels)
         self._pages = memory.size // PAGE_SIZE
-        self._pace = Pace(rate)
+        self.pace = Pace(rate)
         self._pulled = pulled
         self._pins = ExitStack()
         self._stop = threading.Event()
@@ -148,7 +148,7 @@ class Sender(PageChannels):
             if not used:
                 return
             pages = _STEP - int(left[0])
-            self._pace.wait(pages * PAGE_SIZE, self._stop)
+            self.pace.wait(pages * PAGE_SIZE, self._stop)
             with self._memory.pinned(table, used):
                 channel.send_table(table, used, round)
             self._sent[index] += pages

@@ -211,6 +211,31 @@ def test_pages_that_are_away_at_the_source(vm, incoming, listens, mode):
     gets_on(target)
 
 
+@pytest.mark.parametrize("mode", ["precopy", "postcopy"])
+def test_a_lazily_restored_guest(vm, incoming, listens, tmp_path, mode):
+    """Pages that the source itself has not read yet come too."""
+    first = at_work(vm, "verify", cpus=2)
+    first.snapshot(str(tmp_path / "s"))
+    first.close()
+    with VM.restore(str(tmp_path / "s"), lazy=True, fill=False, generation=False) as source:
+        source.start()
+        target, _, _ = moved(source, incoming, listens("unix"), mode=mode)
+    gets_on(target)
+
+
+def test_onward_before_all_is_there(vm, incoming, tmp_path):
+    """Through three VMs by post-copy, each time before the pages have come."""
+    source = at_work(vm, "verify", cpus=2)
+    sessions = []
+    for number in range(3):
+        into = incoming(f"unix:{tmp_path / str(number)}")
+        sessions += [source.migrate(into.address, mode="postcopy", bandwidth="64M"), into]
+        source = into.vm(SECONDS)
+    for session in sessions:
+        session.result(SECONDS)
+    gets_on(source)
+
+
 def test_console_moves(vm, incoming, listens):
     """What was typed and not read goes along, and no byte of the output is lost or doubled."""
     said = []
@@ -254,8 +279,10 @@ def test_events_tell_what_happens(vm, incoming, listens):
 def test_pace(vm, incoming, listens):
     source = at_work(vm, "smp", memory="32M", cpus=1)
     source.memory.write(Gpa(16 << 20), random.Random(1).randbytes(8 << 20))
-    _, sent, _ = moved(source, incoming, listens("unix"), bandwidth="32M")
+    target, sent, _ = moved(source, incoming, listens("unix"), bandwidth="32M")
     assert 0.2 < sent.rounds[0].seconds < 2
+    _, sent, _ = moved(target, incoming, listens("tcp"), bandwidth="32M", mode="postcopy")  # 16M at a time
+    assert 0.4 < sent.seconds < 4
 
 
 # ---- what does not come about ----

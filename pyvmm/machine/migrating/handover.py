@@ -92,7 +92,8 @@ class Handover:
         control.send(Prepare(precopy.round, away, len(raw), checksum(raw)))
         self._part("state")
         if postcopy:
-            self._rest = Rest(vm.memory, self._link, precopy.left if control.order.mode == "hybrid" else None)
+            left = precopy.left if control.order.mode == "hybrid" else None
+            self._rest = Rest(vm.memory, self._link, left, precopy.pace)
         control.expect(Ready)
         self._part("prepare")
         with self._committing:

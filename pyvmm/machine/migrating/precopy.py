@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pyvmm.migration.control import Control
     from pyvmm.migration.convergence import Decision
     from pyvmm.migration.events import Event, Report
-    from pyvmm.migration.sending import Sender
+    from pyvmm.migration.sending import Pace, Sender
 
 _TICK = 0.1
 """From one event Moving to the next."""
@@ -138,6 +138,11 @@ class Precopy:
         for first, count in self._trace.collect():
             self._left.add(first, count)
         return self._left
+
+    @property
+    def pace(self) -> Pace:
+        """At which pages go."""
+        return self._sender.pace
 
     @property
     def left(self) -> PageSet:
