@@ -66,20 +66,17 @@ class Acceptor:
         self._listener.close()
 
     def hello(self, timeout: float) -> tuple[Connection, Hello] | None:
-        """The next one who wants to migrate here; until refuse() or forget() nobody else is let in."""
+        """The next one who wants to migrate here; until refused() nobody else is let in."""
         with self._news:
             self._news.wait_for(lambda: self._hello is not None or self._closed, timeout)
             found, self._hello = self._hello, None
             return found
 
-    def forget(self) -> None:
-        """That migration came to nothing: another one may begin."""
+    def refused(self, why: str) -> None:
+        """Whoever said HELLO cannot migrate here: another one may."""
+        self._note(why)
         with self._news:
             self._busy = False
-            self._terms = None
-            left, self._places = [place for place in self._places.values() if place is not None], {}
-        for connection in left:
-            connection.close()
 
     def expect(self, terms: Terms, places: list[tuple[str, int]]) -> None:
         """From now on JOINs for these places (kind and index) are taken."""

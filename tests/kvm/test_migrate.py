@@ -431,3 +431,19 @@ def test_nobody_runs_it_twice(vm, incoming, listens):
     with pytest.raises(LifecycleError):
         source.migrate(listens("unix"))
     assert source.progress().guest == "verify"
+
+
+def test_who_is_refused_is_in_nobodys_way(vm, incoming, listens, monkeypatch):
+    """A guest of a shape that cannot be here; then another one moves to the same place."""
+    into = incoming(listens("unix"))
+    strange = at_work(vm, "smp")
+    with monkeypatch.context() as patched:
+        shape = strange.shape()
+        shape.states["flux capacitor"] = 3
+        patched.setattr(strange, "shape", lambda: shape)
+        with pytest.raises(MigrationError, match="states of flux capacitor: version 3 there, none here"):
+            strange.migrate(into.address).result(SECONDS)
+    assert "flux capacitor" in into.troubles[-1]
+    gets_on(strange)
+    strange.migrate(into.address, downtime=0.2).result(SECONDS)
+    gets_on(into.vm(SECONDS))
