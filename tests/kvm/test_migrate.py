@@ -313,7 +313,7 @@ def test_nobody_listens(vm, listens):
 
 def test_only_a_running_guest_moves_and_only_once(vm, incoming, listens):
     machine = vm(memory="32M")
-    machine.load("smp", "count=0")
+    machine.load("verify", WORK["verify"])
     with pytest.raises(LifecycleError, match="running guest"):
         machine.migrate(listens("unix"))
     machine.start()
@@ -321,6 +321,7 @@ def test_only_a_running_guest_moves_and_only_once(vm, incoming, listens):
     with pytest.raises(LifecycleError, match="running guest"):
         machine.migrate(listens("unix"))
     machine.resume()
+    until(lambda: machine.progress().passes)
     into = incoming(listens("unix"))
     out = machine.migrate(into.address, bandwidth="1M")
     with pytest.raises(LifecycleError, match="moving already"):
@@ -411,7 +412,7 @@ def test_the_guest_ends_meanwhile(vm, incoming, listens):
 
 
 def test_another_guest_is_refused_meanwhile(vm, incoming, listens):
-    first, second = at_work(vm, "smp"), at_work(vm, "smp")
+    first, second = at_work(vm, "verify"), at_work(vm, "smp")
     into = incoming(listens("unix"))
     out = first.migrate(into.address, bandwidth="2M")
     until(lambda: len(out._events) > 1)
@@ -443,6 +444,7 @@ def test_who_is_refused_is_in_nobodys_way(vm, incoming, listens, monkeypatch):
         patched.setattr(strange, "shape", lambda: shape)
         with pytest.raises(MigrationError, match="states of flux capacitor: version 3 there, none here"):
             strange.migrate(into.address).result(SECONDS)
+    until(lambda: into.troubles)
     assert "flux capacitor" in into.troubles[-1]
     gets_on(strange)
     strange.migrate(into.address, downtime=0.2).result(SECONDS)

@@ -222,7 +222,8 @@ class Incoming(Session):
             vm.restore_state(filling.state)
         except StateError as error:
             raise MigrationError(f"the states do not go in here: {error}") from None
-        report.populate_seconds = report.populate_inside = second_level(vm, filling.hot, filling.seen)
+        report.populate_inside = second_level(vm, filling.hot, filling.seen)
+        report.populate_seconds += report.populate_inside
         if self._prepare is not None:
             self._prepare(vm)
         taking.take(away or 0)
