@@ -67,9 +67,11 @@ class Control:
         self._server.close()
 
     def moved_to(self) -> str:
-        """Where the guest has gone, when wait() has told that it has: waits until the other side has all of it."""
+        """Where the guest has gone, when wait() has told that it has: waits until the other side has all of it. Raises
+        MigrationError where it was killed there before."""
         if self._stream is not None:
             self._stream.join()
+            self.moving.result()
         return self.moving.to
 
     def _serve(self, request: Request, reply: Reply) -> None:
