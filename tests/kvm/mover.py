@@ -300,7 +300,13 @@ def _check(vm):
     return "; ".join(one.text for one in wrong) or ("" if vm.progress().status == "running" else vm.printed)
 
 
-ROLES = {"source": source, "destination": destination}
+def _relay(voice, **options):
+    from relay import relay
+
+    relay(voice, **options)
+
+
+ROLES = {"source": source, "destination": destination, "relay": _relay}
 
 if __name__ == "__main__":
     main()
