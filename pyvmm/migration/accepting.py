@@ -15,6 +15,8 @@ from pyvmm.migration.transport import HANDSHAKE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pyvmm.migration.capture import Recorder
     from pyvmm.migration.connection import Connection
     from pyvmm.migration.frames import Frame
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
 _MOST = 32
 """Connections that have not said yet what they are: more are closed at once."""
+_LOOK = 0.1
+"""Between two looks at whether the source is still there, while its connections do not come."""
 _NAMES = {number: name for name, number in CHANNELS.items()}
 
 
@@ -79,20 +83,28 @@ class Acceptor:
             self._busy = False
 
     def expect(self, terms: Terms, places: list[tuple[str, int]]) -> None:
-        """From now on JOINs for these places (kind and index) are taken."""
+        """From now on JOINs for these places (kind and index) are taken; those that nobody asked for are closed."""
         with self._news:
             self._terms = terms
-            self._places = dict.fromkeys(places)
+            left, self._places = [place for place in self._places.values() if place is not None], dict.fromkeys(places)
+        for connection in left:
+            connection.close()
 
-    def joined(self, kind: str, index: int, timeout: float = HANDSHAKE) -> Connection:
-        """The connection for a place, which is the caller's then. Raises PeerGone."""
-        place = (kind, index)
+    def joined(
+        self, kind: str, index: int, timeout: float = HANDSHAKE, check: Callable[[], None] = lambda: None
+    ) -> Connection:
+        """The connection for a place, which is the caller's then. check: called while it does not come, and raises
+        where it never will. Raises PeerGone."""
+        place, deadline = (kind, index), time.monotonic() + timeout
         with self._news:
-            came = self._news.wait_for(lambda: self._closed or self._places.get(place) is not None, timeout)
-            connection = self._places.get(place)
-            if not came or connection is None:
-                raise PeerGone(f"the source has not opened its connection for {kind} in time")
-            del self._places[place]
+            while self._places.get(place) is None:
+                check()
+                left = deadline - time.monotonic()
+                if self._closed or left <= 0:
+                    raise PeerGone(f"the source has not opened its connection for {kind} in time")
+                self._news.wait(min(left, _LOOK))
+            connection = self._places.pop(place)
+            assert connection is not None
             return connection
 
     def resume(self, timeout: float) -> tuple[Connection, Resume] | None:

@@ -54,7 +54,7 @@ class Filling:
             self.urgent = self._channel(acceptor, "urgent", 0, stack)
 
     def _channel(self, acceptor: Acceptor, kind: str, index: int, stack: ExitStack) -> PageChannel:
-        connection = acceptor.joined(kind, index)
+        connection = acceptor.joined(kind, index, check=self._control.check)
         stack.callback(connection.close)
         return PageChannel(connection, self._vm.memory.base, self._total)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import suppress
 
 from pyvmm.errors import MigrationError
 from pyvmm.layout import PAGE_SIZE
@@ -145,22 +146,26 @@ class Handover:
 
     def complete(self) -> None:
         """Until the destination has all. Raises PeerDied, or Cancelled: if `gave_back`, the guest runs on here."""
-        begin = True
+        begin, broken = True, None
         while True:
             try:
-                if begin and not self._taken:
+                if broken is not None:
+                    begin = self._again(broken)
+                if begin:
                     self._link.control.send(Commit())
                 self._serve()
                 break
-            except Cancelled:
-                self._back("none")
+            except Cancelled as cancelled:
+                self._back("none", cancelled)
                 raise
-            except Abandoned:
+            except (Abandoned, PeerDied):
                 raise
-            except MigrationError as error:
-                begin = self._again(error)
-        self._link.control.send(Done())
+            except MigrationError as error:  # also while the connections are made anew: then once more
+                broken = error
         self._decision.release()
+        with suppress(MigrationError):  # it would be told once more, and the guest needs nothing from here
+            self._link.control.send(Done())
+            self._link.control.linger()
 
     @property
     def gave_back(self) -> bool:
@@ -225,11 +230,10 @@ class Handover:
             self._tell(Broken(self._now(), reason=str(error)))
             theirs = self._link.again(self._stop)
         except PeerDied as died:
-            self._back(died.decision)
+            self._back(died.decision, died)
             raise
         self._report.breaks = self._link.breaks
         if theirs == "none":
-            self._back("none")
             raise Cancelled("the destination did not take the guest")
         self._link.control.order.resumed("running" if theirs == "taken" else "ready")
         self._link.control.start()
@@ -238,9 +242,11 @@ class Handover:
             self._left()
         return theirs == "ready"
 
-    def _back(self, theirs: str) -> None:
-        """The destination will never run it: the guest runs on here, if it never has."""
+    def _back(self, theirs: str, why: MigrationError) -> None:
+        """The destination will never run it: the guest runs on here, if it never has. Else it was killed there, and
+        whoever waits for it here hears that."""
         if self._taken or theirs == "taken":
+            self._vm.life.end(why)
             self._decision.release()
             return
         self._decision.set("held", theirs)

@@ -10,7 +10,7 @@ from pyvmm.errors import BadInput, MigrationError, PyvmmError, StateError
 from pyvmm.machine.migrating.arriving import Arriving
 from pyvmm.machine.migrating.filling import Filling
 from pyvmm.machine.migrating.populating import ask_host, second_level
-from pyvmm.machine.migrating.session import Session
+from pyvmm.machine.migrating.session import Session, as_ours
 from pyvmm.machine.migrating.taking import Taking, places
 from pyvmm.machine.shape import build
 from pyvmm.memory.source import UNITS
@@ -140,7 +140,8 @@ class Incoming(Session):
         self.close()
 
     def _runs_here(self) -> bool:
-        return self._decision is not None and self._decision.value == "taken"
+        lost = self._taking is not None and self._taking.lost
+        return self._decision is not None and self._decision.value == "taken" and not lost
 
     # ---- its course ----
 
@@ -191,8 +192,11 @@ class Incoming(Session):
             self._acceptor.expect(terms, places(terms, pages=True))
             control.send(Welcome(features, terms.channels, terms.resume))
             self._fill(vm, taking, terms, report)
-        except PyvmmError as met:
-            why = taking.control.why(met)
+        except Exception as met:  # whatever it is, the source must hear that the guest is its own
+            why = taking.control.why(as_ours(met))
+            if decision.value == "taken":  # it could not be started; nobody else may: our witness will say so
+                taking.lost = True
+                raise why from met
             self._not_ours(vm, taking, decision, why)
             raise why from met
         taking.finish()
