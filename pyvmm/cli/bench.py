@@ -26,10 +26,13 @@ BENCHMARKS = {
     "restore": "a restored guest's first instruction, and how soon it touches its RAM",
     "blocks": "lazy restore from storage blocks of each size and codec",
     "save": "a VM saved: speed with each codec, beside write(); the guest's stall",
+    "streams": "pages from one process to another: page runs, beside send() and recv()",
+    "migrate": "a guest moves to another process: speed, downtime, its work, large pages",
+    "populate": "a guest's first pass over memory that was populated before, or not",
     "storage": "a snapshot file written and read with each codec: plain write() and read() of the same bytes",
 }
 # Those that have measure(quick=True): little memory and few rounds.
-QUICK = ("traces", "faults", "idle", "restore", "blocks", "save")
+QUICK = ("traces", "faults", "idle", "restore", "blocks", "save", "streams", "migrate", "populate")
 
 
 def run(args: Arguments) -> int:

@@ -169,6 +169,8 @@ class Incoming(Session):
         )
         self._stack.callback(taking.close)
         try:
+            if mode != "precopy":
+                vm.memory.engine.equip()  # takes some ms, which are not to be part of the downtime
             self._acceptor.expect(terms, places(terms, pages=True))
             control.send(Welcome(features, terms.channels, terms.resume))
             self._fill(vm, taking, terms, report)
