@@ -1,4 +1,4 @@
-# migrate.py: a guest moves from one process to another: how fast (measures P3, P4), for how long it stands (P5), what it
+# migrate.py: a guest moves from one process to another: how fast (measures P3, P4), how long it stands (P5), what it
 # gets done meanwhile (P6), what of its large pages it keeps (P7). Units: GB/s of RAM, seconds, "x": one over another.
 """Beside QEMU with the same guests and the same bytes, where it is installed, and beside raw system calls.
 
@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from contextlib import ExitStack
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
 
 from pyvmm.bench import Collected, Result
 from pyvmm.bench.checkpoints import ZEROS, folder, warm_host
@@ -21,6 +21,9 @@ from pyvmm.bench.qemu import WAYS as QEMU_WAYS
 from pyvmm.bench.streams import LIMITS, Pair
 from pyvmm.layout import GIB, MIB, format_size
 from pyvmm.record import Record
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 # name -> transport, options of VM.migrate()
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -98,8 +101,6 @@ def measure(quick: bool = False) -> list[Result]:
     """
     size = QUICK if quick else FULL
     found = Collected()
-    if QEMU is None:
-        found.add(MISSING, "none", "x", 0.0)
     with ExitStack() as stack:
         path = stack.enter_context(folder(size.memory + size.small))
         tls = _certificates(path)
@@ -121,8 +122,19 @@ class Ours:
     def __init__(self, stack: ExitStack, path: str, size: int, guest: str, append: str, content: str) -> None:
         self._path, self._size, self._gaps = path, size, "gaps=1" in append
         self.side = Side()
-        stack.callback(lambda: self.side.close())
+        stack.callback(self.close)
         self.side.ask("make", memory=size, guest=guest, append=append, content=content)
+
+    def close(self) -> None:
+        """Ends the process that has the guest now."""
+        self.side.close()
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """Only then it runs, so that guests which are compared do not take each other's CPU."""
+        self.side.ask("resume")
+        yield
+        self.side.ask("pause")
 
     def move(self, way: str, tls: tuple[list[str], list[str]] | None = None) -> dict[str, Any]:
         """What the source says of it; "worked": when the guest first did, at the destination, if it keeps gaps."""
@@ -150,8 +162,19 @@ class Theirs:
         write_ram(ram, size, content)
         self._size = size
         self.qemu = Qemu(path, size, guest, append, ram)
-        stack.callback(lambda: self.qemu.close())
+        stack.callback(self.close)
         os.unlink(ram)
+
+    def close(self) -> None:
+        """Ends the process that has the guest now."""
+        self.qemu.close()
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """Only then it runs."""
+        self.qemu.command("cont")
+        yield
+        self.qemu.command("stop")
 
     def move(self, way: str) -> tuple[float, float | None]:
         """Seconds in all, and of downtime, where QEMU says one that can be."""
@@ -188,6 +211,8 @@ _SIDES = ("source", "destination")
 def _speeds(found: Collected, size: Size, path: str, tls: tuple[list[str], list[str]] | None) -> None:
     memory = format_size(size.memory)
     whole, rounds, down = (f"{memory} of random data: {text}" for text in _SPEEDS)
+    _told_missing(found, whole, "GB/s")
+    _told_missing(found, down, "s")
     with ExitStack() as stack:
         pair = Pair(stack, size.memory)
         ours = Ours(stack, path, size.memory, "echo", "", "random")
@@ -234,6 +259,12 @@ def _compare(found: Collected, memory: str, speeds: dict[str, float], wholes: di
         found.add(group, "local / QEMU, unix", "x", wholes["local"] / qemu["QEMU, unix"])
 
 
+def _told_missing(found: Collected, group: str, unit: str) -> None:
+    """A side that is not here is a row without values."""
+    if QEMU is None:
+        found.add(group, MISSING, unit)
+
+
 def _chosen(ways: tuple[str, ...], size: Size) -> list[str]:
     return [way for way in ways if way in size.ways]
 
@@ -245,28 +276,38 @@ def _standing(found: Collected, size: Size, path: str, pattern: str) -> None:
     append = f"gaps=1 rate=10 pattern={pattern} size={size.hot}"
     memory = size.hot + _ROOM // (8 if size.hot < _ROOM else 1)
     group = f"{format_size(size.hot)} written at 10 pages a ms, {pattern}"
+    _told_missing(found, f"{group}: downtime", "s")
     with ExitStack() as stack:
         ours = Ours(stack, path, memory, "touch", append, "random")
+        ours.side.ask("pause")
         theirs = Theirs(stack, path, memory, "touch", append, "random") if QEMU else None
+        if theirs is not None:
+            theirs.qemu.command("stop")
         for turn in range(size.rounds + size.warm):
-            told: list[tuple[str, str, float, str]] = []
-            for way in _chosen(_GENTLE, size):
-                moved = ours.move(way)
-                report = moved["report"]
-                told.append(("downtime", way, report["total_downtime"], "s"))
-                told += [("stood", way, worked - moved["stood"], "s") for worked in moved["worked"]]
-                told.append(("gap", way, ours.side.ask("gap"), "s"))
-                told.append(("the whole migration", way, report["seconds"], "s"))
-                told.append(("bytes that went", way, report["wire_bytes"] / MIB, "MiB"))
-                told.append(("vCPUs held back at most", way, 100 * report["throttled"], "%"))
+            told = [each for way in _chosen(_GENTLE, size) for each in _ours_stood(ours, way)]
             for way in size.qemu if theirs is not None else ():
                 assert theirs is not None
-                seconds, downtime = theirs.move(way)
-                told.append(("the whole migration", way, seconds, "s"))
-                if downtime is not None:
-                    told.append(("downtime", way, downtime, "s"))
-            for what, way, value, unit in told if turn >= size.warm else ():
+                with theirs.awake():
+                    seconds, downtime = theirs.move(way)
+                told.append(("the whole migration", way, "s", seconds))
+                told += [("downtime", way, "s", downtime)] if downtime is not None else []
+            for what, way, unit, value in told if turn >= size.warm else ():
                 found.add(f"{group}: {what}", way, unit, value)
+
+
+def _ours_stood(ours: Ours, way: str) -> list[tuple[str, str, str, float]]:
+    with ours.awake():
+        moved = ours.move(way)
+        gap = ours.side.ask("gap")
+    report = moved["report"]
+    return [
+        ("downtime", way, "s", report["total_downtime"]),
+        *(("stood", way, "s", worked - moved["stood"]) for worked in moved["worked"]),
+        ("gap", way, "s", gap),
+        ("the whole migration", way, "s", report["seconds"]),
+        ("bytes of pages that went", way, "MiB", report["page_bytes"] / MIB),
+        ("vCPUs held back at most", way, "%", 100 * report["throttled"]),
+    ]
 
 
 # ---- P6 ----
@@ -307,12 +348,10 @@ def _keeping(found: Collected, size: Size, path: str, content: str) -> None:
         for way in _chosen(_KEEPING, size):
             ours.move(way)
             found.add(group, way, "%", 100 * ours.side.ask("large", passes=2) / before)
-    if QEMU is None:
-        return
-    for way in size.qemu:  # each with a guest of its own: what was broken once stays so
+    _told_missing(found, group, "%")
+    for way in size.qemu if QEMU else ():  # each with a guest of its own: what was broken once stays so
         with ExitStack() as stack:
             theirs = Theirs(stack, path, size.small, "touch", "read=1", content)
             before = theirs.qemu.large(2)
             theirs.move(way)
             found.add(group, way, "%", 100 * theirs.qemu.large(2) / before)
-

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from pyvmm._native import ffi, lib
 from pyvmm.bench.checkpoints import fill, warm_host
-from pyvmm.bench.running import Watch, longest_gap, reset_gaps, run_on
+from pyvmm.bench.running import Watch, longest_gap, reset_gaps, run_on, settle
 from pyvmm.bench.streams import Ends
 from pyvmm.errors import HostError, MigrationError, PyvmmError
 from pyvmm.layout import Gpa
 from pyvmm.machine import VM
+from pyvmm.machine.migrating import incoming, outgoing
 from pyvmm.migration.events import RoundEnded
 from pyvmm.migration.tls import Tls
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
     from pyvmm.machine.migrating.incoming import Incoming, ReceiveOptions
 
+IMPORTED = (incoming, outgoing)
+"""What VM.receive() and VM.migrate() import: that is no part of a migration."""
 PATIENCE = 120
 """Seconds in which a side has done what it was told."""
 _MOVED = 60
@@ -123,7 +126,8 @@ class Mover:
     def listen(self, at: str, warm: int, tls: list[str] | None = None, works: bool = False) -> str:
         """Where a guest may come. warm: bytes of the host's memory that are given out and taken back before; works:
         it does, and arrived() is to say when it began to, here."""
-        warm_host(warm)
+        if warm:
+            warm_host(warm)
         options: ReceiveOptions = {"tls": Tls(*tls)} if tls else {}
         if works:
             options["prepare"] = self._look_out
@@ -132,19 +136,19 @@ class Mover:
 
     def arrived(self) -> dict[str, object]:
         """The guest that came. Returns the destination's report, and when the guest first worked here, if it did."""
-        incoming = self._incoming
-        assert incoming is not None
-        self.vm = incoming.vm(_MOVED)
-        report = incoming.result(_MOVED)
-        incoming.close()
+        coming = self._incoming
+        assert coming is not None
+        self.vm = coming.vm(_MOVED)
+        report = coming.result(_MOVED)
+        coming.close()
         self._incoming = None
         return {"report": report.as_json(), "worked": self._worked}
 
     def nobody(self) -> None:
         """No guest came, as it should be."""
-        incoming, self._incoming = self._incoming, None
-        assert incoming is not None
-        incoming.close()
+        coming, self._incoming = self._incoming, None
+        assert coming is not None
+        coming.close()
 
     def _look_out(self, vm: VM) -> None:
         """Notes when vCPU 0 does its first work: its memory is here, and it does not run yet."""
@@ -166,9 +170,9 @@ class Mover:
         if tls:
             options["tls"] = Tls(*tls)
         began = time.monotonic()
-        outgoing = self.vm.migrate(to, **options)
-        report = outgoing.result(_MOVED)
-        switched = next(event for event in outgoing if event.KIND == "switched")
+        leaving = self.vm.migrate(to, **options)
+        report = leaving.result(_MOVED)
+        switched = next(event for event in leaving if event.KIND == "switched")
         self.vm.close()
         self.vm = None
         return {"report": report.as_json(), "stood": began + switched.at - report.total_downtime}
@@ -178,11 +182,11 @@ class Mover:
         second of CPU time; and bytes a second that would have gone twice."""
         assert self.vm is not None
         watch = Watch(self.vm)
-        outgoing = self.vm.migrate(to, **options)
-        rounds = [event for event in outgoing if isinstance(event, RoundEnded)]
+        leaving = self.vm.migrate(to, **options)
+        rounds = [event for event in leaving if isinstance(event, RoundEnded)]
         rates = {"rate": watch.rate(), "rate_of_threads": watch.rate_of_threads()}
         try:
-            outgoing.result()
+            leaving.result()
         except MigrationError as error:
             if not rounds or "not done after" not in str(error):
                 raise
@@ -196,6 +200,17 @@ class Mover:
         watch = Watch(self.vm)
         run_on(self.vm, seconds)
         return {"rate": watch.rate(), "rate_of_threads": watch.rate_of_threads()}
+
+    def pause(self) -> None:
+        """Another guest has its turn."""
+        assert self.vm is not None
+        self.vm.pause()
+
+    def resume(self) -> None:
+        """This one goes on, and has done work again when this returns."""
+        assert self.vm is not None
+        self.vm.resume()
+        settle(self.vm)
 
     def forget_gaps(self) -> None:
         """The longest gap begins anew."""
@@ -236,4 +251,3 @@ def main() -> None:
     finally:
         mover.close()
         ends.close()
-

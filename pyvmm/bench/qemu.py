@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from typing import Self
 
 QEMU = shutil.which("qemu-system-x86_64")
-MISSING = "QEMU is not here (apt-get install qemu-system-x86)"
+MISSING = "QEMU (qemu-system-x86)"
+"""What to call it where it is not here."""
 _MACHINE = "-M microvm,rtc=off -nodefaults -accel kvm -display none -serial null -no-reboot"
 _PATIENCE = 60.0
 _LOOK = 0.005

@@ -69,18 +69,22 @@ def _as_json(result: Result) -> dict[str, object]:
     return named | {
         "name": result.name,
         "unit": result.unit,
-        "median": result.median,
+        "median": result.median if result.values else None,
         "values": list(result.values),
     }
 
 
 def _table(group: str, results: list[Result]) -> Table:
     many = any(len(result.values) >= MANY for result in results)
+    results = sorted(results, key=lambda result: not result.values)  # what is not here is compared with nothing
     heads = ["median", "min", "p90" if many else "max", *(["max"] if many else []), f"/ {results[0].name}"]
     table = Table("", *heads, title=group or None, title_justify="left", title_style="italic")
     for column in table.columns[1:]:
         column.justify = "right"
     for result in results:
+        if not result.values:
+            table.add_row(result.name, "not here")
+            continue
         shown = scaled(result)
         quantiles = [shown.median, shown.quantile(0), *([shown.quantile(0.9)] if many else []), shown.quantile(1)]
         figures = [f"{quantiles[0]:,.{_digits(quantiles[0])}f} {shown.unit}"]
