@@ -12,6 +12,7 @@ from pyvmm._native import ffi, lib
 from pyvmm.layout import BLOCK_SIZE, PAGE_SIZE
 from pyvmm.memory.pageset import PageSet
 from pyvmm.memory.trace import Runs
+from pyvmm.migration.pages import PageChannels
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -48,16 +49,16 @@ class Pace:
             stop.wait(due - now)
 
 
-class Sender:
+class Sender(PageChannels):
     """Rounds over channels, whose closing is the caller's. pulled: the other side reads the pages out of our memory."""
 
     def __init__(
         self, memory: GuestMemory, channels: Sequence[PageChannel], rate: float = 0, pulled: bool = False
     ) -> None:
         self._memory = memory
-        self._channels = channels
+        super().__init__(channels)
         self._pages = memory.size // PAGE_SIZE
-        self._pace = Pace(rate)
+        self.pace = Pace(rate)
         self._pulled = pulled
         self._pins = ExitStack()
         self._stop = threading.Event()
@@ -70,21 +71,6 @@ class Sender:
     def sent(self) -> int:
         """Pages of this round that have gone."""
         return sum(self._sent)
-
-    @property
-    def wire_bytes(self) -> int:
-        """All that went over the channels."""
-        return sum(int(channel.stream.wire_bytes) for channel in self._channels)
-
-    @property
-    def page_bytes(self) -> int:
-        """Of pages that went in full."""
-        return sum(int(channel.stream.bytes_pages) for channel in self._channels) * PAGE_SIZE
-
-    @property
-    def zero_pages(self) -> int:
-        """Pages that went as metadata."""
-        return sum(int(channel.stream.zero_pages) for channel in self._channels)
 
     def begin(self, round: int, pages: PageSet, zeros: PageSet | None = None) -> None:
         """Sends these pages, each channel its blocks, and END; zeros: pages that hold nothing, told as such."""
@@ -121,8 +107,7 @@ class Sender:
     def end(self) -> None:
         """No more is sent: ends what waits in the channels, and the threads."""
         self._stop.set()
-        for channel in self._channels:
-            channel.end()
+        super().end()
         for thread in self._threads:
             thread.join()
         self._pins.close()
@@ -168,7 +153,7 @@ class Sender:
             if not used:
                 return
             pages = _STEP - int(left[0])
-            self._pace.wait(pages * PAGE_SIZE, self._stop)
+            self.pace.wait(pages * PAGE_SIZE, self._stop)
             with self._memory.pinned(table, used):
                 channel.send_table(table, used, round)
             self._sent[index] += pages

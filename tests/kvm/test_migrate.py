@@ -211,6 +211,31 @@ def test_pages_that_are_away_at_the_source(vm, incoming, listens, mode):
     gets_on(target)
 
 
+@pytest.mark.parametrize("mode", ["precopy", "postcopy"])
+def test_a_lazily_restored_guest(vm, incoming, listens, tmp_path, mode):
+    """Pages that the source itself has not read yet come too."""
+    first = at_work(vm, "verify", cpus=2)
+    first.snapshot(str(tmp_path / "s"))
+    first.close()
+    with VM.restore(str(tmp_path / "s"), lazy=True, fill=False, generation=False) as source:
+        source.start()
+        target, _, _ = moved(source, incoming, listens("unix"), mode=mode)
+    gets_on(target)
+
+
+def test_onward_before_all_is_there(vm, incoming, tmp_path):
+    """Through three VMs by post-copy, each time before the pages have come."""
+    source = at_work(vm, "verify", cpus=2)
+    sessions = []
+    for number in range(3):
+        into = incoming(f"unix:{tmp_path / str(number)}")
+        sessions += [source.migrate(into.address, mode="postcopy", bandwidth="64M"), into]
+        source = into.vm(SECONDS)
+    for session in sessions:
+        session.result(SECONDS)
+    gets_on(source)
+
+
 def test_console_moves(vm, incoming, listens):
     """What was typed and not read goes along, and no byte of the output is lost or doubled."""
     said = []
@@ -254,8 +279,10 @@ def test_events_tell_what_happens(vm, incoming, listens):
 def test_pace(vm, incoming, listens):
     source = at_work(vm, "smp", memory="32M", cpus=1)
     source.memory.write(Gpa(16 << 20), random.Random(1).randbytes(8 << 20))
-    _, sent, _ = moved(source, incoming, listens("unix"), bandwidth="32M")
+    target, sent, _ = moved(source, incoming, listens("unix"), bandwidth="32M")
     assert 0.2 < sent.rounds[0].seconds < 2
+    _, sent, _ = moved(target, incoming, listens("tcp"), bandwidth="32M", mode="postcopy")  # 16M at a time
+    assert 0.4 < sent.seconds < 4
 
 
 # ---- what does not come about ----
@@ -286,7 +313,7 @@ def test_nobody_listens(vm, listens):
 
 def test_only_a_running_guest_moves_and_only_once(vm, incoming, listens):
     machine = vm(memory="32M")
-    machine.load("smp", "count=0")
+    machine.load("verify", WORK["verify"])
     with pytest.raises(LifecycleError, match="running guest"):
         machine.migrate(listens("unix"))
     machine.start()
@@ -294,6 +321,7 @@ def test_only_a_running_guest_moves_and_only_once(vm, incoming, listens):
     with pytest.raises(LifecycleError, match="running guest"):
         machine.migrate(listens("unix"))
     machine.resume()
+    until(lambda: machine.progress().passes)
     into = incoming(listens("unix"))
     out = machine.migrate(into.address, bandwidth="1M")
     with pytest.raises(LifecycleError, match="moving already"):
@@ -384,7 +412,7 @@ def test_the_guest_ends_meanwhile(vm, incoming, listens):
 
 
 def test_another_guest_is_refused_meanwhile(vm, incoming, listens):
-    first, second = at_work(vm, "smp"), at_work(vm, "smp")
+    first, second = at_work(vm, "verify"), at_work(vm, "smp")
     into = incoming(listens("unix"))
     out = first.migrate(into.address, bandwidth="2M")
     until(lambda: len(out._events) > 1)
@@ -404,3 +432,20 @@ def test_nobody_runs_it_twice(vm, incoming, listens):
     with pytest.raises(LifecycleError):
         source.migrate(listens("unix"))
     assert source.progress().guest == "verify"
+
+
+def test_who_is_refused_is_in_nobodys_way(vm, incoming, listens, monkeypatch):
+    """A guest of a shape that cannot be here; then another one moves to the same place."""
+    into = incoming(listens("unix"))
+    strange = at_work(vm, "smp")
+    with monkeypatch.context() as patched:
+        shape = strange.shape()
+        shape.states["flux capacitor"] = 3
+        patched.setattr(strange, "shape", lambda: shape)
+        with pytest.raises(MigrationError, match="states of flux capacitor: version 3 there, none here"):
+            strange.migrate(into.address).result(SECONDS)
+    until(lambda: into.troubles)
+    assert "flux capacitor" in into.troubles[-1]
+    gets_on(strange)
+    strange.migrate(into.address, downtime=0.2).result(SECONDS)
+    gets_on(into.vm(SECONDS))

@@ -93,7 +93,8 @@ class Handover:
         control.send(Prepare(precopy.round, away, len(raw), checksum(raw)))
         self._part("state")
         if postcopy:
-            self._rest = Rest(vm.memory, self._link, precopy.left if control.order.mode == "hybrid" else None)
+            left = precopy.left if control.order.mode == "hybrid" else None
+            self._rest = Rest(vm.memory, self._link, left, precopy.pace)
         control.expect(Ready)
         self._part("prepare")
         with self._committing:
@@ -197,6 +198,7 @@ class Handover:
             elif isinstance(frame, Have):
                 self._have(frame)
             elif isinstance(frame, Complete):
+                self._report.large_after = frame.large
                 if self._rest is not None:
                     self._rest.stop()
                     self._rest.fill_in(self._report)

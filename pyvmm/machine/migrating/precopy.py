@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pyvmm.migration.control import Control
     from pyvmm.migration.convergence import Decision
     from pyvmm.migration.events import Event, Report
-    from pyvmm.migration.sending import Sender
+    from pyvmm.migration.sending import Pace, Sender
 
 _TICK = 0.1
 """From one event Moving to the next."""
@@ -140,6 +140,11 @@ class Precopy:
         return self._left
 
     @property
+    def pace(self) -> Pace:
+        """At which pages go."""
+        return self._sender.pace
+
+    @property
     def left(self) -> PageSet:
         """Pages that are still to be sent, or sent anew."""
         return self._left
@@ -179,7 +184,8 @@ class Precopy:
         if decision.defer and before is not None:
             once = PageSet(self._pages, dirty).remove(PageSet(self._pages, before))
             hot = PageSet(self._pages, dirty).remove(once)
-            wanted.remove(hot)
+            cold = PageSet(self._pages, wanted.runs()).remove(hot)
+            return cold if cold.count() else wanted
         return wanted
 
     def _send(self, control: Control, pages: PageSet, zeros: PageSet | None) -> None:

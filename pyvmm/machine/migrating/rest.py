@@ -6,9 +6,9 @@ from __future__ import annotations
 import threading
 
 from pyvmm.errors import PyvmmError
-from pyvmm.layout import PAGE_SIZE
+from pyvmm.layout import BLOCK_SIZE, PAGE_SIZE
 from pyvmm.memory.pageset import PageSet
-from pyvmm.migration.peer import Served
+from pyvmm.migration.peer import PIECE, Served
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -16,22 +16,24 @@ if TYPE_CHECKING:
     from pyvmm.migration.events import Report
     from pyvmm.migration.link import Link
     from pyvmm.migration.pages import PageChannel
+    from pyvmm.migration.sending import Pace
 
 
 class Rest:
     """The pages of a VM that stands still for good. What its threads meet with ends the link's control connection: who
     waits there makes all anew, and start() goes on with what the destination has not got."""
 
-    def __init__(self, memory: GuestMemory, link: Link, away: PageSet | None) -> None:
-        """away: pages that come after the switch; None: all."""
+    def __init__(self, memory: GuestMemory, link: Link, away: PageSet | None, pace: Pace) -> None:
+        """away: pages that come after the switch; None: all; pace: of what nobody has asked for."""
         self._memory = memory
         self._link = link
+        self._pace = pace
         self._have = away.complement() if away is not None else None
         self._told = PageSet(memory.size // PAGE_SIZE)
         self._served = Served(memory, self._have)
         self._threads: list[threading.Thread] = []
         self._channels: list[PageChannel] = []
-        self._stopping = False
+        self._stopping = threading.Event()
         self._wire = 0
 
     @property
@@ -44,14 +46,14 @@ class Rest:
         """Serves, in threads: one for what touches ask for, one for each pages channel."""
         assert self._link.urgent is not None
         self._channels = [self._link.urgent, *self._link.pages]
-        self._stopping = False
+        self._stopping.clear()
         self._run("migration urgent", self._served.serve, self._link.urgent)
         for channel in self._link.pages:
-            self._run("migration pages", self._served.send_all, channel)
+            self._run("migration pages", self._send_all, channel)
 
     def stop(self) -> None:
         """Ends the threads; their connections are of no use any more."""
-        self._stopping = True
+        self._stopping.set()
         for channel in self._channels:
             channel.end()
         for thread in self._threads:
@@ -77,12 +79,19 @@ class Rest:
         report.faults, report.fault_seconds = counts.requests, counts.ns / 1e9
         report.wire_bytes += self._wire
 
+    def _send_all(self, channel: PageChannel) -> None:
+        def stop() -> bool:
+            self._pace.wait(PIECE * BLOCK_SIZE, self._stopping)
+            return self._stopping.is_set()
+
+        self._served.send_all(channel, stop=stop)
+
     def _run(self, name: str, work, channel: PageChannel) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001
         def run() -> None:
             try:
                 work(channel)
             except PyvmmError as error:
-                if not self._stopping:
+                if not self._stopping.is_set():
                     self._link.control.fail(error)  # type: ignore[arg-type]
 
         self._threads.append(threading.Thread(target=run, name=name, daemon=True))

@@ -153,8 +153,10 @@ class Taking:
             try:
                 if self.arriving is not None and not self._complete:
                     self.arriving.wait(self.control)
+                if not self._complete:
+                    self._report.large_after = self._vm.memory.large_blocks()
                 self._complete = True
-                self.control.send(Complete())
+                self.control.send(Complete(self._report.large_after))
                 return
             except Abandoned:
                 raise
@@ -173,7 +175,7 @@ class Taking:
                 with suppress(Abandoned):
                     if self._goes_on(error):
                         return
-                    self.control.send(Complete())
+                    self.control.send(Complete(self._report.large_after))
 
     def _goes_on(self, error: MigrationError) -> bool:
         """After a break while the guest runs here. True: it is over, the source is dead and nothing is missing."""
