@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 _STEP = 1024
 """Pages in one call of C: 4 MiB, about 2 ms, after which a cancel is heeded."""
+_AT_ONCE = 32
+"""Pages that are sent without a thread, which takes longer to start: they fit into any socket's buffer."""
 _BLOCK_BYTES = BLOCK_SIZE // PAGE_SIZE // 8
 """Of a bitmap, for a block of 2 MiB."""
 
@@ -77,6 +79,9 @@ class Sender(PageChannels):
         for index, channel in enumerate(self._channels):
             empty = zeros.runs() if zeros is not None and index == 0 else Runs()
             self._sent[index] = 0
+            if len(self._channels) == 1 and not empty and shares[0].pages <= _AT_ONCE:
+                self._channel(index, channel, round, shares[index], empty)
+                return
             thread = threading.Thread(
                 target=self._channel, args=(index, channel, round, shares[index], empty), name="migration pages"
             )

@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import os
 import queue
-import random
 import select
 import signal
 import socket

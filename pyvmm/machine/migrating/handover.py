@@ -70,6 +70,7 @@ class Handover:
         self._paused = self._taken = False
         self._rest: Rest | None = None
         self._at = 0.0
+        self._gone: Callable[[], None] = lambda: None
 
     # ---- up to the commit point ----
 
@@ -144,8 +145,10 @@ class Handover:
 
     # ---- behind it ----
 
-    def complete(self) -> None:
-        """Until the destination has all. Raises PeerDied, or Cancelled: if `gave_back`, the guest runs on here."""
+    def complete(self, gone: Callable[[], None]) -> None:
+        """Until the destination has all. gone: called once the guest runs there: what takes time and is no part of the
+        downtime. Raises PeerDied, or Cancelled: if `gave_back`, the guest runs on here."""
+        self._gone = gone
         begin, broken = True, None
         while True:
             try:
@@ -196,6 +199,7 @@ class Handover:
                 self._left()
                 if self._rest is not None:
                     self._rest.start()
+                self._gone()
             elif isinstance(frame, Have):
                 self._have(frame)
             elif isinstance(frame, Complete):

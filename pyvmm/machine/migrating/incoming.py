@@ -187,6 +187,8 @@ class Incoming(Session):
         )
         self._stack.callback(taking.close)
         try:
+            if mode != "precopy":
+                vm.memory.engine.equip()  # what takes time before it is part of the downtime
             if self._built is not None:
                 self._built(vm)
             self._acceptor.expect(terms, places(terms, pages=True))

@@ -147,6 +147,7 @@ class Outgoing(Session):
                     self._failed(why)
                     handover.say_held()
                 raise why from met
+            handover.complete(precopy.close)
         except BaseException:
             if self._handover is None:
                 decision.close()
@@ -154,7 +155,6 @@ class Outgoing(Session):
         finally:
             if precopy is not None:
                 precopy.close()
-        handover.complete()
         precopy.fill_in(report)
         decision.close()
         return report
