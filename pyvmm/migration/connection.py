@@ -80,7 +80,8 @@ class Connection:
         return self._sequence, self._decoder.sequence
 
     def send(self, frame: Frame, timeout: float | None = None) -> None:
-        """Sends all of it; timeout: None: SILENCE. Raises PeerGone where that takes longer, or the other side has gone."""
+        """Sends all of it. timeout: None: SILENCE. Raises PeerGone where that takes longer, or the other side has
+        gone."""
         deadline = time.monotonic() + (SILENCE if timeout is None else timeout)
         with self._sending:
             raw = encode(frame, self._sequence)
@@ -92,8 +93,8 @@ class Connection:
                 self.recorder.note(True, self.channel, raw)
 
     def recv(self, timeout: float | None = None) -> Frame:
-        """The next frame, all of which must come in time; None: SILENCE. Takes nothing of what follows it. Raises PeerGone; and
-        ProtocolError for what is no frame of the protocol."""
+        """The next frame, all of which must come in time (None: SILENCE). Takes nothing of what follows it. Raises
+        PeerGone; and ProtocolError for what is no frame of the protocol."""
         deadline = time.monotonic() + (SILENCE if timeout is None else timeout)
         raw = bytearray()
         while True:

@@ -155,9 +155,10 @@ class Incoming(Session):
         control.start()
         try:
             vm = self._vm = build(self._kind, decode_shape(hello.shape), self._output)
-        except PyvmmError as error:
+        except Exception as met:
+            error = as_ours(met)
             control.refuse(str(error))
-            raise
+            raise error from met
         mode = next(name for name, number in MODES.items() if number == hello.mode)
         transport = "tls" if self._tls else self.address.partition(":")[0]
         report = Report("destination", mode, transport, hello.channels, vm.memory.size)
