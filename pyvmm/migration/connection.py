@@ -80,7 +80,7 @@ class Connection:
         return self._sequence, self._decoder.sequence
 
     def send(self, frame: Frame, timeout: float | None = None) -> None:
-        """Sends all of it; timeout: None: SILENCE. Raises PeerGone where that takes longer, or the other side has
+        """Sends all of it. timeout: None: SILENCE. Raises PeerGone where that takes longer, or the other side has
         gone."""
         deadline = time.monotonic() + (SILENCE if timeout is None else timeout)
         with self._sending:
@@ -93,7 +93,7 @@ class Connection:
                 self.recorder.note(True, self.channel, raw)
 
     def recv(self, timeout: float | None = None) -> Frame:
-        """The next frame, all of which must come in time; None: SILENCE. Takes nothing of what follows it. Raises
+        """The next frame, all of which must come in time (None: SILENCE). Takes nothing of what follows it. Raises
         PeerGone; and ProtocolError for what is no frame of the protocol."""
         deadline = time.monotonic() + (SILENCE if timeout is None else timeout)
         raw = bytearray()

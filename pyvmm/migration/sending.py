@@ -62,6 +62,7 @@ class Sender(PageChannels):
         self._pulled = pulled
         self._pins = ExitStack()
         self._stop = threading.Event()
+        self._beginning = threading.Lock()  # none of the threads is joined before it runs
         self._tables = [ffi.new("struct pv_run_pages[]", _STEP) for _ in channels]
         self._sent = [0] * len(channels)
         self._threads: list[threading.Thread] = []
@@ -73,20 +74,22 @@ class Sender(PageChannels):
         return sum(self._sent)
 
     def begin(self, round: int, pages: PageSet, zeros: PageSet | None = None) -> None:
-        """Sends these pages, each channel its blocks, and END; zeros: pages that hold nothing, told as such."""
+        """Sends these pages, each channel its blocks, and END; zeros: pages that hold nothing, told as such. After
+        end() nothing."""
         assert not self._threads
         shares = self._deal(pages)
-        for index, channel in enumerate(self._channels):
-            empty = zeros.runs() if zeros is not None and index == 0 else Runs()
-            self._sent[index] = 0
-            if len(self._channels) == 1 and not empty and shares[0].pages <= _AT_ONCE:
-                self._channel(index, channel, round, shares[index], empty)
-                return
-            thread = threading.Thread(
-                target=self._channel, args=(index, channel, round, shares[index], empty), name="migration pages"
-            )
-            self._threads.append(thread)
-            thread.start()
+        with self._beginning:
+            for index, channel in enumerate(self._channels if not self._stop.is_set() else ()):
+                empty = zeros.runs() if zeros is not None and index == 0 else Runs()
+                self._sent[index] = 0
+                if len(self._channels) == 1 and not empty and shares[0].pages <= _AT_ONCE:
+                    self._channel(index, channel, round, shares[index], empty)
+                    return
+                thread = threading.Thread(
+                    target=self._channel, args=(index, channel, round, shares[index], empty), name="migration pages"
+                )
+                self._threads.append(thread)
+                thread.start()
 
     def done(self, seconds: float) -> bool:
         """Waits so long at most: has all of the round gone? Raises what a channel met with."""
@@ -108,7 +111,9 @@ class Sender(PageChannels):
         """No more is sent: ends what waits in the channels, and the threads."""
         self._stop.set()
         super().end()
-        for thread in self._threads:
+        with self._beginning:
+            threads = list(self._threads)
+        for thread in threads:
             thread.join()
         self._pins.close()
 

@@ -139,6 +139,7 @@ def main():
         place.close()
         options = json.loads(raw)
         try:
+            limit(**options.pop("limits", {}))
             ROLES[options.pop("role")](Voice(socket.socket(fileno=fds[0])), **options)
         finally:
             os._exit(0)
@@ -153,6 +154,18 @@ def quicken(silence):
 
     control._PING = silence / 3
     transport.HANDSHAKE = silence * 2 / 3
+
+
+def limit(memory=None, file=None):
+    """memory: bytes more than there are now; file: bytes of each."""
+    import resource
+
+    if memory is not None:
+        with open("/proc/self/statm") as statm:
+            memory += int(statm.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    if file is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file, file))
 
 
 class Voice:
@@ -209,11 +222,15 @@ class Points:
                 os.kill(os.getpid(), signal.SIGKILL)
 
 
-def source(voice, to, options, points, memory="16M", cpus=1):
+def source(voice, to, options, points, memory="16M", cpus=1, shape=None):
     from pyvmm import VM
 
     Points(voice, **points)
     vm = VM(memory=memory, cpus=cpus)
+    told = vm.shape()
+    for name, value in (shape or {}).items():
+        setattr(told, name, value)
+    vm.shape = lambda: told
     vm.load("verify", "order=random zeros=100")
     vm.start()
     while not vm.progress().passes:
@@ -275,6 +292,10 @@ def _obey(voice, order, session, vm):
             voice.say(waited=f"{error}", kind=type(error).__name__)
     elif what == "check":
         voice.say(check=_check(vm()))
+    elif what == "crash":  # no code, no tables
+        from pyvmm.layout import Gpa
+
+        vm().memory.write(Gpa(0x20000), bytes((2 << 20) - 0x20000))
     elif what == "cancel":
         session.cancel("enough")
     elif what == "close":
@@ -303,7 +324,16 @@ def _relay(voice, **options):
     relay(voice, **options)
 
 
-ROLES = {"source": source, "destination": destination, "relay": _relay}
+def silent(voice, listen):
+    """A destination that takes connections and says nothing."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(listen.partition(":")[2])
+        listener.listen()
+        voice.say(address=listen)
+        voice.orders.read()
+
+
+ROLES = {"source": source, "destination": destination, "relay": _relay, "silent": silent}
 
 if __name__ == "__main__":
     main()

@@ -1,10 +1,11 @@
-# relay.py: what lies between source and destination of a migration and can be cut, frame by frame. Units: bytes, seconds.
+# relay.py: what lies between the two sides of a migration and can be cut, frame by frame. Units: bytes, seconds.
 """`relay()`, an actor of mover.py: it takes connections, and tells them apart by the frame that each begins with."""
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import select
 import socket
 import threading
@@ -25,9 +26,10 @@ def _open(address):
 
 
 class Relay:
-    """rules: what is to be done when, each once. {"at": FRAME, "do": what, "pass": is the frame let through}: on the
-    control connection; or {"bytes": so many of pages have gone to the destination in all, "do": what}.
-    what: "cut" or "stall", with "kinds": of the connections, none: all; "gone": seconds in which nobody is let in."""
+    """rules: what is to be done when, each once. {"at": FRAME, "do": what, "pass": is it let through}: on the control
+    connection; or {"bytes": so many of pages have gone to the destination in all, "do": what}. what: "garbage" in its
+    place, behind it among pages; or "cut" or "stall", with "kinds": of the connections, none: all; "gone": seconds in
+    which nobody is let in."""
 
     def __init__(self, voice, to, rules):
         self._voice, self._to, self._rules = voice, to, rules
@@ -90,7 +92,7 @@ class Relay:
             if rule.get("gone"):
                 self._closed_until = 1.0
                 threading.Timer(rule["gone"], self._let_in).start()
-        for line in meant:
+        for line in meant if rule["do"] != "garbage" else ():
             line.cut() if rule["do"] == "cut" else line.stall()
         self._voice.say(did=rule["do"], kinds=sorted(line.kind for line in meant))
 
@@ -132,14 +134,17 @@ class Line:
                 return False
             data += inward.recv(int.from_bytes(data[8:12], "little"), socket.MSG_WAITALL)
             rule = relay.frame(data[5])
-            if rule is None or rule.get("pass"):
+            if rule is not None and rule["do"] == "garbage":
+                self._send(outward, random.Random(len(data)).randbytes(len(data)))
+            elif rule is None or rule.get("pass"):
                 self._send(outward, data)
         else:
             data = inward.recv(_PIECE)
             if not data:
                 return False
-            self._send(outward, data)
             rule = relay.passed(len(data)) if forth else None
+            garbage = rule is not None and rule["do"] == "garbage"
+            self._send(outward, data + random.Random(1).randbytes(99) if garbage else data)
         if rule is not None:
             relay.do(rule)
         return True

@@ -81,6 +81,11 @@ def at_work(vm, guest, append=None, **options):
     return machine
 
 
+def takes_long(machine):
+    """A guest that moves with little bandwidth does so for seconds."""
+    machine.memory.write(Gpa(16 << 20), random.Random(1).randbytes(8 << 20))
+
+
 def moved(source, incoming, address, theirs=None, **options):
     """The VM that has the guest now, all of it, and both reports."""
     into = incoming(address, **(theirs or {}))
@@ -278,7 +283,7 @@ def test_events_tell_what_happens(vm, incoming, listens):
 
 def test_pace(vm, incoming, listens):
     source = at_work(vm, "smp", memory="32M", cpus=1)
-    source.memory.write(Gpa(16 << 20), random.Random(1).randbytes(8 << 20))
+    takes_long(source)
     target, sent, _ = moved(source, incoming, listens("unix"), bandwidth="32M")
     assert 0.2 < sent.rounds[0].seconds < 2
     _, sent, _ = moved(target, incoming, listens("tcp"), bandwidth="32M", mode="postcopy")  # 16M at a time
@@ -321,7 +326,7 @@ def test_only_a_running_guest_moves_and_only_once(vm, incoming, listens):
     with pytest.raises(LifecycleError, match="running guest"):
         machine.migrate(listens("unix"))
     machine.resume()
-    until(lambda: machine.progress().passes)
+    takes_long(machine)
     into = incoming(listens("unix"))
     out = machine.migrate(into.address, bandwidth="1M")
     with pytest.raises(LifecycleError, match="moving already"):
@@ -403,7 +408,7 @@ def test_the_guest_ends_meanwhile(vm, incoming, listens):
     source = vm(memory="32M")
     source.load("timer", "ticks=100 period=1000")
     source.start()
-    source.memory.write(Gpa(16 << 20), random.Random(1).randbytes(8 << 20))
+    takes_long(source)
     into = incoming(listens("unix"))
     out = source.migrate(into.address, bandwidth="8M")
     with pytest.raises(MigrationError, match="ended"):
@@ -412,7 +417,8 @@ def test_the_guest_ends_meanwhile(vm, incoming, listens):
 
 
 def test_another_guest_is_refused_meanwhile(vm, incoming, listens):
-    first, second = at_work(vm, "verify"), at_work(vm, "smp")
+    first, second = at_work(vm, "smp"), at_work(vm, "smp")
+    takes_long(first)
     into = incoming(listens("unix"))
     out = first.migrate(into.address, bandwidth="2M")
     until(lambda: len(out._events) > 1)

@@ -164,7 +164,8 @@ class Incoming(Session):
         control.start()
         try:
             vm = self._vm = build(self._kind, decode_shape(hello.shape), self._output)
-        except PyvmmError as error:
+        except Exception as met:
+            error = as_ours(met)
             control.refuse(str(error))
             control.close()
             self._acceptor.refused(str(error))
