@@ -219,9 +219,13 @@ def test_a_process_that_is_measured_says_what_went_wrong():
     with Side() as side:
         with pytest.raises(HostError, match="make: no guest 'none'"):
             side.ask("make", memory=8 << 20, guest="none", append="", content="")
-        side.ask("make", memory=8 << 20, guest="touch", append="passes=1 size=1M", content="")  # it goes on after that
-        with pytest.raises(HostError, match="the guest touch ended before"):
+
+        def ends_early():  # while it is made, or looked at
+            side.ask("make", memory=8 << 20, guest="touch", append="passes=1 size=1M", content="")
             side.ask("large", passes=10_000_000)
+
+        with pytest.raises(HostError, match="the guest touch ended before"):
+            ends_early()
     side.close()
     assert side._process.returncode == 0
     with Side() as side:
