@@ -178,6 +178,8 @@ struct pv_rings {
     uint64_t *bits; /* pages harvested and not collected yet */
     uint64_t words;
     uint64_t taken; /* entries harvested so far */
+    uint64_t owed;  /* of these, not given back to KVM yet */
+    uint32_t blind; /* 1: pages may be unprotected of which there is no entry: all count as written, until the next trace */
     pthread_mutex_t lock;
 };
 

@@ -3,8 +3,12 @@
 #include "native.h"
 
 #include <errno.h>
+#include <pthread.h>
+#include <signal.h>
 #include <string.h>
 #include <sys/ioctl.h>
+
+#define MOST_RESETS 1000 /* for what was harvested at once: each but the last for a signal of its own */
 
 int pv_rings_init(struct pv_rings *rings)
 {
@@ -52,9 +56,34 @@ static int harvest_ring(struct pv_rings *rings, struct pv_ring *ring)
         /* release: pairs with KVM's acquire in KVM_RESET_DIRTY_RINGS: it reuses the entry after we have read it */
         __atomic_store_n(&gfn->flags, KVM_DIRTY_GFN_F_RESET, __ATOMIC_RELEASE);
         ring->next++;
+        rings->owed++;
         taken++;
     }
     return taken;
+}
+
+/* Until KVM has taken back all that is marked for it: then its pages are protected. A signal that is pending has KVM stop
+ * halfway, and since Linux 6.16 it does so without a word, returns how many entries it took until then, and forgets to
+ * protect the pages of the last ones: what is written to them would be lost. So none may come, not even the kick of a
+ * vCPU's thread; that is heeded before KVM_RUN. One that cannot be held back (SIGSTOP) makes the rings blind. */
+static int give_back(struct pv_rings *rings)
+{
+    sigset_t all, before;
+    int error = 0;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    for (int calls = 0; !error && rings->owed; calls++) {
+        int reset = ioctl(rings->vm_fd, KVM_RESET_DIRTY_RINGS, 0);
+        if (reset < 0 && errno != EINTR)
+            error = -errno;
+        else if (calls == MOST_RESETS)
+            error = -EIO;
+        uint64_t back = reset > 0 ? (uint64_t)reset : 0;
+        rings->owed -= back < rings->owed ? back : rings->owed;
+        rings->blind |= rings->owed > 0;
+    }
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    return error;
 }
 
 /* With the lock held. Pages noted are write-protected anew when this returns: a later write is a new entry. */
@@ -70,12 +99,8 @@ static int harvest(struct pv_rings *rings)
             taken += (uint64_t)got;
     }
     rings->taken += taken;
-    /* Always: entries that an interrupted call has left behind are taken back too. */
-    int reset;
-    do
-        reset = ioctl(rings->vm_fd, KVM_RESET_DIRTY_RINGS, 0);
-    while (reset < 0 && errno == EINTR); /* a vCPU thread is being kicked: the signal is handled by now */
-    return reset < 0 ? -errno : result;
+    int error = give_back(rings);
+    return error ? error : result;
 }
 
 int pv_rings_harvest(struct pv_rings *rings)
@@ -99,6 +124,8 @@ int pv_rings_collect(struct pv_rings *rings, uint64_t *bits, int64_t timeout_ns)
     }
     pthread_mutex_lock(&rings->lock);
     int result = harvest(rings);
+    for (uint32_t slot = 0; rings->blind && slot < rings->slots; slot++)
+        pv_bits_set(bits, rings->slot[slot].first_page, rings->slot[slot].pages);
     (void)pv_bits_take(bits, rings->bits, rings->words); /* after an error too: what has been taken is taken */
     pthread_mutex_unlock(&rings->lock);
     return result;

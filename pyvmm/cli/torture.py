@@ -90,6 +90,7 @@ def _summary(torture: Torture, seconds: float, failure: TortureFailure | None) -
         "checks": torture.checks,
         "done": dict(torture.done),
         "refused": dict(torture.subject.refused),
+        "migrations": dict(torture.subject.moves),
         "pages_checked_by_guest": torture.vm.progress().count,
         "faults": stats.faults,
         "answers": stats.answers,

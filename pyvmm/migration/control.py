@@ -113,13 +113,13 @@ class Control:
     def refuse(self, reason: str) -> None:
         """Says REFUSE instead of WELCOME."""
         with suppress(MigrationError):
-            self.send(Refuse(_line(reason)))
+            self.send(Refuse(line(reason)))
 
     def cancel(self, reason: str) -> None:
         """Says CANCEL, if that can still be said, and has everything that waits here end. The caller has changed the
         decision before."""
         with suppress(MigrationError), self._lock:
-            cancel = Cancel(_line(reason))
+            cancel = Cancel(line(reason))
             self.order.sent(cancel)
             self._send(cancel)
         self._end(Cancelled(reason))
@@ -202,6 +202,6 @@ class Control:
             self.on_end()
 
 
-def _line(text: str) -> str:
+def line(text: str) -> str:
     """As a frame takes it."""
     return "".join(c if c.isprintable() else " " for c in text)[:250]

@@ -249,15 +249,26 @@ class Served:
                 self._rest += sent[0]
         return int(sent[0])
 
-    def send_all(self, channel: PageChannel, zeros: bool = True, stop: Callable[[], bool] = lambda: False) -> int:
+    def send_all(
+        self,
+        channel: PageChannel,
+        zeros: bool = True,
+        stop: Callable[[], bool] = lambda: False,
+        pace: Callable[[int], object] | None = None,
+    ) -> int:
         """Sends what nobody else sends of all the rest, and END: how many pages. What the guest touched last says what
-        comes next. stop: asked between pieces whether to give up, without END."""
+        comes next. stop: asked now and then whether to give up, without END; pace: waits until so many more bytes may
+        go, and then a block is sent at a time."""
         pages = 0
         while (piece := self._take_piece()) is not None:
-            if stop():
-                return pages
-            first = piece * PIECE
-            pages += self.send_rest(channel, first, min(PIECE, self._blocks - first), zeros)
+            end, step = min((piece + 1) * PIECE, self._blocks), PIECE if pace is None else 1
+            for block in range(piece * PIECE, end, step):
+                if stop():
+                    return pages
+                sent = self.send_rest(channel, block, min(step, end - block), zeros)
+                pages += sent
+                if pace is not None:
+                    pace(sent * PAGE_SIZE)
         channel.send_end(0, pages)
         return pages
 

@@ -37,6 +37,11 @@ class Pace:
         self._lock = threading.Lock()
         self._due = 0.0
 
+    @property
+    def bound(self) -> bool:
+        """Is there a limit?"""
+        return self._rate > 0
+
     def wait(self, size: int, stop: threading.Event) -> None:
         """Before `size` bytes: returns when they may go, or at `stop`."""
         if not self._rate:
@@ -59,6 +64,7 @@ class Sender(PageChannels):
         super().__init__(channels)
         self._pages = memory.size // PAGE_SIZE
         self.pace = Pace(rate)
+        """Of all that this side sends: also of what goes after the switch."""
         self._pulled = pulled
         self._pins = ExitStack()
         self._stop = threading.Event()
@@ -148,7 +154,7 @@ class Sender(PageChannels):
             self._errors.append(error)
 
     def _send(self, index: int, channel: PageChannel, round: int, runs: Runs) -> None:
-        if self._pulled:
+        if self._pulled and not self._stop.is_set():
             self._pins.enter_context(self._memory.pinned(runs.native, len(runs)))
         run, done, left = ffi.new("uint64_t *"), ffi.new("uint64_t *"), ffi.new("uint64_t *")
         table = self._tables[index]

@@ -41,9 +41,10 @@ class Tortured(VM):
         memory: int | str,
         cpus: int = 1,
         pages: Pages = "auto",
+        hugetlb: bool = False,
         output: Callable[[bytes], None] | None = None,
     ) -> None:
-        super().__init__(memory, cpus, pages, output=output, dirty_ring=self.entries)
+        super().__init__(memory, cpus, pages, hugetlb, output, self.entries)
         self.memory.engine.poison = True
 
 

@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from typing import Literal, TypeAlias
 
     from pyvmm.machine import VM
+    from pyvmm.memory import GuestMemory
     from pyvmm.memory.counts import EngineStats
     from pyvmm.memory.trace import Trace
+    from pyvmm.testing.moves import Move
 
     Scope: TypeAlias = Literal["block", "run", "scratch", "none"]
 
@@ -32,6 +34,7 @@ SCRATCH_PAGES = 2 * BLOCK_PAGES
 """So many pages at the end of RAM are not the guest's, and the host writes there."""
 PATIENCE = 20
 """Seconds until what takes as long does not come any more."""
+SETTLE_SECONDS = 5
 ZEROS = 100
 """Of the guest's pages, per mille, are zeros."""
 
@@ -75,12 +78,16 @@ class Operation(Record):
 
 
 class Kind:
-    """weight: how often, of all weights; scope: what pages it takes; do: does it."""
+    """weight: how often, of all weights; scope: what pages it takes; do: does it; here: not while the guest leaves for
+    another VM, which is to decide when it runs, and whose pages nobody else may write to."""
 
-    def __init__(self, weight: float, scope: Scope, do: Callable[[Subject, Operation], object]) -> None:
+    def __init__(
+        self, weight: float, scope: Scope, do: Callable[[Subject, Operation], object], here: bool = False
+    ) -> None:
         self.weight = weight
         self.scope = scope
         self.do = do
+        self.here = here
 
 
 def sequence(seed: int, pages: int, kinds: Mapping[str, Kind] | None = None) -> Iterator[Operation]:
@@ -148,6 +155,10 @@ class Subject:
         self._trace: Trace | None = None
         self.dirty = bytearray(-(-self.pages // 64) * 8)
         self.baseline: bytes | None = None
+        self.move: Move | None = None
+        """The migration that is under way."""
+        self.moves: Counter[str] = Counter()
+        """Those that have come to an end, by how they ended."""
 
     def _take(self, vm: VM) -> None:
         self.vm = vm
@@ -158,14 +169,40 @@ class Subject:
 
     def adopt(self, vm: VM) -> None:
         """Goes on with another VM, which has the same in its memory; the one before is closed."""
+        self.end_move()
+        former, store = self.turn_to(vm)
+        self.retire(former, store)
+
+    def turn_to(self, vm: VM) -> tuple[VM, Store]:
+        """Goes on with another VM. Returns the one before, and its store: to retire() when nobody needs it any more."""
         self.stop_trace()
         self.views.clear()
-        if self.store.wrong:
-            raise Wrong("; ".join(self.store.wrong))
-        self._former.append(self.engine.stats())
-        before = self.vm
+        former, store = self.vm, self.store
         self._take(vm)
-        before.close()
+        return former, store
+
+    def retire(self, former: VM, store: Store) -> None:
+        """Closes a VM that was under torture."""
+        self._former.append(former.memory.engine.stats())
+        former.close()
+        if store.wrong:
+            raise Wrong("; ".join(store.wrong))
+
+    def follow(self, number: int) -> bool:
+        """Before operation `number`: goes on with the VM that the guest runs in by now. Is it leaving?"""
+        return self.move is not None and self.move.follow(number)
+
+    def end_move(self) -> None:
+        """Waits until a migration that is under way has come to its end, whichever that is."""
+        if self.move is not None:
+            self.move.finish()
+
+    def close(self) -> None:
+        """Closes the VM, and that from which its guest comes."""
+        self.views.clear()
+        if self.move is not None:
+            self.move.close()
+        self.vm.close()
 
     def stats(self) -> EngineStats:
         """Of the engines of all VMs so far."""
@@ -277,17 +314,43 @@ def check_contents(vm: VM, written: Mapping[int, bytes]) -> None:
             raise Wrong(f"page {page}, written by the host, has other bytes now")
 
 
+def check_books(memory: GuestMemory, store: Store, armed: bool | None = None) -> None:
+    """Do the engine's books agree, of a VM that stands still? armed: see imbalances(). Raises Wrong. A fault that a
+    vCPU took before it was parked may still be under way: its end is waited for."""
+    from pyvmm.testing.balance import imbalances
+
+    end = time.monotonic() + SETTLE_SECONDS
+    while True:
+        wrong = imbalances(memory, armed=armed) + store.wrong
+        if len(store.pages) != (stored := memory.engine.count().homes["swap"]):
+            wrong.append(f"the home keeps {len(store.pages)} pages, and the engine counts {stored} there")
+        if not wrong:
+            return
+        if time.monotonic() > end:
+            raise Wrong("; ".join(wrong))
+        os.sched_yield()
+
+
 def _snapshot(subject: Subject, operation: Operation) -> None:
     from pyvmm.testing.checkpoints import snapshot
 
     snapshot(subject, operation)
 
 
+def _migrate(subject: Subject, operation: Operation) -> None:
+    from pyvmm.testing.moves import migrate
+
+    migrate(subject, operation)
+
+
 def _refusable(do: Callable[[Subject, Operation], object]) -> Callable[[Subject, Operation], None]:
-    """An operation on a whole block, which the last one may not be, and which a held view may forbid."""
+    """An operation on a whole block, which the last one may not be, and which a held view may forbid, or pages that
+    are just being sent."""
 
     def tried(subject: Subject, operation: Operation) -> None:
-        if operation.count == BLOCK_PAGES and not insist(lambda: do(subject, operation), lambda: not subject.views):
+        if operation.count == BLOCK_PAGES and not insist(
+            lambda: do(subject, operation), lambda: not subject.views and subject.move is None
+        ):
             subject.refused[operation.kind] += 1
 
     return tried
@@ -324,11 +387,12 @@ KINDS = {
     "store block": Kind(5, "block", Subject.put_away),
     "store run": Kind(5, "run", Subject.put_away),
     "read": Kind(4, "run", Subject.read),
-    "write": Kind(4, "scratch", Subject.write),
-    "write back": Kind(2, "run", Subject.write_back),
+    "write": Kind(4, "scratch", Subject.write, here=True),
+    "write back": Kind(2, "run", Subject.write_back, here=True),
     "view": Kind(2, "run", Subject.view),
-    "pause": Kind(2, "none", lambda s, o: s.pause()),
-    "resume": Kind(6, "none", lambda s, o: s.resume()),
-    "trace": Kind(3, "none", Subject.trace),
-    "snapshot": Kind(0.2, "none", _snapshot),
+    "pause": Kind(2, "none", lambda s, o: s.pause(), here=True),
+    "resume": Kind(6, "none", lambda s, o: s.resume(), here=True),
+    "trace": Kind(3, "none", Subject.trace, here=True),
+    "snapshot": Kind(0.2, "none", _snapshot, here=True),
+    "migrate": Kind(0.4, "none", _migrate),
 }  # fmt: skip

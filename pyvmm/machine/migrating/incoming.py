@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import secrets
 import threading
+from contextlib import suppress
 
 from pyvmm.errors import BadInput, MigrationError, PyvmmError, StateError
 from pyvmm.machine.migrating.arriving import Arriving
@@ -16,10 +17,10 @@ from pyvmm.machine.shape import build
 from pyvmm.memory.source import UNITS
 from pyvmm.migration.accepting import Acceptor
 from pyvmm.migration.address import parse_address
-from pyvmm.migration.control import Abandoned, Cancelled, Control
+from pyvmm.migration.control import Abandoned, Cancelled, Control, line
 from pyvmm.migration.decision import Decision
 from pyvmm.migration.events import Connected, Report
-from pyvmm.migration.frames import FEATURES, MODES, Welcome
+from pyvmm.migration.frames import FEATURES, MODES, Refuse, Welcome
 from pyvmm.migration.opening import Terms
 from pyvmm.migration.order import DESTINATION, Order
 from pyvmm.migration.shape import decode_shape
@@ -87,6 +88,7 @@ class Incoming(Session):
         self._running = threading.Event()
         self._closing = threading.Event()
         self._handed = False
+        self._reason = "closed before a guest moved here"
         self._taking: Taking | None = None
         self._decision: Decision | None = None
         recorder = None
@@ -119,6 +121,9 @@ class Incoming(Session):
 
     def cancel(self, reason: str = "it was cancelled") -> None:
         """No guest is wanted here any more, unless it runs here by now."""
+        if self._runs_here():
+            return
+        self._reason = reason
         self._closing.set()
         if self._taking is not None and not self._runs_here():
             self._taking.control.fail(Cancelled(reason))
@@ -150,11 +155,18 @@ class Incoming(Session):
             while True:
                 found = self._acceptor.hello(_WAIT)
                 if self._closing.is_set():
-                    raise Cancelled("closed before a guest moved here")
+                    if found is not None:
+                        self._turn_away(found[0])
+                    raise Cancelled(self._reason)
                 if found is not None and (begun := self._begin(*found)) is not None:
                     return self._one(*begun)
         finally:
             self._running.set()
+
+    def _turn_away(self, connection: Connection) -> None:
+        """Who came when no guest was wanted any more."""
+        with connection, suppress(MigrationError):
+            connection.send(Refuse(line(self._reason)), 1.0)
 
     def _begin(self, connection: Connection, hello: Hello) -> tuple[VM, Control, Hello] | None:
         """A VM of the shape that HELLO tells; None where this host has none such, and the source has been told so."""

@@ -141,7 +141,7 @@ class Precopy:
 
     @property
     def pace(self) -> Pace:
-        """At which pages go."""
+        """What all pages keep to, also those that go after the switch."""
         return self._sender.pace
 
     @property

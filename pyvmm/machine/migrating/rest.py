@@ -6,9 +6,9 @@ from __future__ import annotations
 import threading
 
 from pyvmm.errors import PyvmmError
-from pyvmm.layout import BLOCK_SIZE, PAGE_SIZE
+from pyvmm.layout import PAGE_SIZE
 from pyvmm.memory.pageset import PageSet
-from pyvmm.migration.peer import PIECE, Served
+from pyvmm.migration.peer import Served
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ class Rest:
     waits there makes all anew, and start() goes on with what the destination has not got."""
 
     def __init__(self, memory: GuestMemory, link: Link, away: PageSet | None, pace: Pace) -> None:
-        """away: pages that come after the switch; None: all; pace: of what nobody has asked for."""
+        """away: pages that come after the switch; None: all. pace: of what nobody has asked for."""
         self._memory = memory
         self._link = link
         self._pace = pace
@@ -49,7 +49,7 @@ class Rest:
         self._stopping.clear()
         self._run("migration urgent", self._served.serve, self._link.urgent)
         for channel in self._link.pages:
-            self._run("migration pages", self._send_all, channel)
+            self._run("migration pages", self._send, channel)
 
     def stop(self) -> None:
         """Ends the threads; their connections are of no use any more."""
@@ -79,12 +79,11 @@ class Rest:
         report.faults, report.fault_seconds = counts.requests, counts.ns / 1e9
         report.wire_bytes += self._wire
 
-    def _send_all(self, channel: PageChannel) -> None:
-        def stop() -> bool:
-            self._pace.wait(PIECE * BLOCK_SIZE, self._stopping)
-            return self._stopping.is_set()
+    def _send(self, channel: PageChannel) -> None:
+        def pace(size: int) -> None:
+            self._pace.wait(size, self._stopping)
 
-        self._served.send_all(channel, stop=stop)
+        self._served.send_all(channel, stop=self._stopping.is_set, pace=pace if self._pace.bound else None)
 
     def _run(self, name: str, work, channel: PageChannel) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001
         def run() -> None:

@@ -93,6 +93,7 @@ class Ring(Trace):
         return int(self._rings.native.taken)
 
     def _arm(self) -> None:
+        self._rings.native.blind = 0  # all is protected from here on
         log_writes(self._target, True)
 
     def _fetch(self, bits: CData) -> None:
