@@ -202,10 +202,10 @@ class Incoming(FakeMigration):
 
     guest, append = "hello", ""
 
-    def __init__(self, address, output=None, prepare=None, **options):
+    def __init__(self, address, output=None, built=None, **options):
         super().__init__(address, **options)
         self.address = address
-        self._prepare = prepare
+        self._built = built
         self._here = threading.Event()
         self._vm = None
         self.closed = False
@@ -224,7 +224,7 @@ class Incoming(FakeMigration):
     def build(self):
         self._vm = VM(memory="4M")
         self._vm.load(self.guest, self.append)
-        self._prepare(self._vm)
+        self._built(self._vm)
 
     def act(self):
         self.tell(CONNECTED)

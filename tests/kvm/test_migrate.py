@@ -12,7 +12,7 @@ from test_round_trips import pairwise
 from pyvmm import VM
 from pyvmm.errors import BadInput, LifecycleError, MigrationError
 from pyvmm.layout import BLOCK_SIZE, PAGE_SIZE, Gpa
-from pyvmm.migration.events import Finished, RoundEnded, Switched
+from pyvmm.migration.events import Finished, Helped, RoundEnded, Switched
 from pyvmm.pytest_plugin import needs
 from pyvmm.testing.verify_model import check_memory, ram_hash
 
@@ -318,7 +318,7 @@ def test_nobody_listens(vm, listens):
 
 def test_only_a_running_guest_moves_and_only_once(vm, incoming, listens):
     machine = vm(memory="32M")
-    machine.load("verify", WORK["verify"])
+    machine.load("smp", WORK["smp"])
     with pytest.raises(LifecycleError, match="running guest"):
         machine.migrate(listens("unix"))
     machine.start()
@@ -455,3 +455,13 @@ def test_who_is_refused_is_in_nobodys_way(vm, incoming, listens, monkeypatch):
     gets_on(strange)
     strange.migrate(into.address, downtime=0.2).result(SECONDS)
     gets_on(into.vm(SECONDS))
+
+
+def test_a_finer_trace_takes_over(vm, incoming, listens):
+    """Coarse traces give way to KVM's log where they do not get nearer to the end; no write is lost in between."""
+    source = at_work(vm, "touch", "pattern=uniform size=24M rate=2")
+    out = source.migrate(incoming(listens("unix")).address, downtime=0.005, bandwidth="400M", throttle=False)
+    events = list(out)
+    assert "small pages traced" in [event.help for event in events if isinstance(event, Helped)]
+    rounds = out.result().rounds
+    assert rounds[-1].dirty < rounds[0].dirty / 4

@@ -17,16 +17,30 @@ from pyvmm.migration.sending import Pace
 GB = 1e9
 
 
-def course(lefts, bandwidth=GB, downtime=0.02, throttle=True, postcopy=False, rounds=30):
-    policy = Convergence(downtime, throttle, postcopy, rounds)
+def course(lefts, bandwidth=GB, downtime=0.02, throttle=True, postcopy=False, rounds=30, fine=False):
+    policy = Convergence(downtime, throttle, postcopy, rounds, fine)
     return [policy.after(number, left, bandwidth) for number, left in enumerate(lefts, 1)]
 
 
 def test_switches_over_when_what_is_left_fits():
     fits = int((0.02 - STATE_COST) * GB / 4096)
-    assert [one.next for one in course([fits])] == [SWITCH]
-    assert [one.next for one in course([fits + 2])] == [ROUND]
+    assert [one.next for one in course([fits, fits])] == [ROUND, SWITCH]
+    assert [one.next for one in course([fits, fits + 2])] == [ROUND, ROUND]
     assert course([fits])[0].expected == pytest.approx(0.02, rel=1e-3)
+
+
+def test_a_round_more_where_that_makes_the_downtime_much_shorter():
+    decisions = course([4000, 1500, 700, 300])
+    assert [one.next for one in decisions] == [ROUND, ROUND, ROUND, SWITCH]
+    assert decisions[-1].expected < 1.5 * STATE_COST
+    assert [one.next for one in course([4000, 2500])] == [ROUND, SWITCH]
+    assert [one.next for one in course([4000], rounds=1)] == [SWITCH]
+
+
+def test_a_finer_trace_comes_before_throttling():
+    decisions = course([100_000] * 5, fine=True)
+    assert [one.help for one in decisions] == ["", "hot pages last", "small pages traced", "throttle", "throttle"]
+    assert [one.fine for one in decisions] == [False, False, True, True, True]
 
 
 def test_an_idle_guest_needs_one_round():
@@ -35,7 +49,7 @@ def test_an_idle_guest_needs_one_round():
 
 
 def test_rounds_that_shrink_need_no_help():
-    decisions = course([100_000, 60_000, 40_000, 20_000, 3_000])
+    decisions = course([100_000, 60_000, 40_000, 20_000, 300])
     assert [one.next for one in decisions] == [ROUND] * 4 + [SWITCH]
     assert not any(one.help or one.defer or one.throttle for one in decisions)
 
