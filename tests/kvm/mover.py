@@ -222,7 +222,7 @@ class Points:
                 os.kill(os.getpid(), signal.SIGKILL)
 
 
-def source(voice, to, options, points, memory="16M", cpus=1, shape=None):
+def source(voice, options, points, memory="16M", cpus=1, shape=None):
     from pyvmm import VM
 
     Points(voice, **points)
@@ -240,7 +240,7 @@ def source(voice, to, options, points, memory="16M", cpus=1, shape=None):
     for line in voice.orders:
         order = json.loads(line)
         if order["do"] == "migrate":
-            session = vm.migrate(to, **options)
+            session = vm.migrate(order["to"], **options)
             _follow(voice, session, lambda: vm)
         else:
             _obey(voice, order, session, lambda: vm)

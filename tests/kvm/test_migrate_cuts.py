@@ -106,10 +106,10 @@ def happen(stage, folder, case, transport):
         actors.append(relay)
         to = relay.until("address")["address"]
         options = {"mode": mode, **OPTIONS[mode]}
-        source = stage.actor("source", to=to, options=options, points={"slow": SLOW})
+        source = stage.actor("source", options=options, points={"slow": SLOW})
         actors.append(source)
         assert "ready" in source.until("ready")
-        source.order(do="migrate")
+        source.order(do="migrate", to=to)
         ends = {"source": source.until("result", seconds=25), "target": target.until("result", seconds=25)}
         done = [relay.until("did", seconds=5)["did"] for _ in rules]
         assert len(done) == len(rules)

@@ -44,11 +44,11 @@ def attempt(stage, actors, folder, theirs=None, ours=None, mode="precopy", role=
     target = stage.actor(role, listen=address, **({} if role == "silent" else {"points": {}}), **(theirs or {}))
     actors.append(target)
     options = {"mode": mode, **OPTIONS[mode], **(ours or {}).pop("options", {})}
-    source = stage.actor("source", to=address, points={}, options=options, **(ours or {}))
+    source = stage.actor("source", points={}, options=options, **(ours or {}))
     actors.append(source)
     assert "address" in target.until("address")
     assert "ready" in source.until("ready")
-    source.order(do="migrate")
+    source.order(do="migrate", to=address)
     return source, target
 
 
