@@ -27,7 +27,7 @@ demo: build ## run guests, look at them, save and restore one
 	@BIN=$(BIN) sh .ci/demo
 
 test: build ## run the tests
-	@$(BIN)/python -m pytest -q
+	@BIN=$(BIN) sh .ci/test
 
 fuzz: build ## fuzz what reads hostile input: SECONDS=60 for each of TARGETS="frames stream ..." (all)
 	@$(BIN)/python tests/fuzz/run.py --seconds $(SECONDS) $(TARGETS)

@@ -55,13 +55,17 @@ int pv_engine_assign(struct pv_engine *engine, uint64_t page, uint64_t count, ui
 /* Of pages just taken out: the copies go, since the home has what they hold. All of them are away now, or -EBUSY. */
 static int give_to(struct pv_engine *engine, uint64_t page, uint32_t count, uint32_t home)
 {
+    bool copies = false;
     for (uint32_t i = 0; i < count; i++) {
         if (page_home(engine, page + i) == PV_HOME_PRESENT)
             return -EBUSY;
-        if (page_home(engine, page + i) == PV_HOME_ASIDE && madvise(aside_at(engine, page + i), PV_PAGE, MADV_DONTNEED))
-            return -errno;
-        page_set(engine, page + i, (page + i) << PV_PAGE_LOCATOR_SHIFT | home);
+        copies |= page_home(engine, page + i) == PV_HOME_ASIDE;
     }
+    /* in one go: page by page the kernel would take a large page apart */
+    if (copies && madvise(aside_at(engine, page), (size_t)count * PV_PAGE, MADV_DONTNEED))
+        return -errno;
+    for (uint32_t i = 0; i < count; i++)
+        page_set(engine, page + i, (page + i) << PV_PAGE_LOCATOR_SHIFT | home);
     return 0;
 }
 

@@ -29,6 +29,19 @@ int pv_wait_word(const uint64_t *at, uint64_t least, int64_t timeout_ns)
     return 0;
 }
 
+int pv_wait_change(const uint64_t *at, int64_t timeout_ns)
+{
+    int64_t end = now() + timeout_ns;
+    uint64_t first = __atomic_load_n(at, __ATOMIC_RELAXED);
+    while (__atomic_load_n(at, __ATOMIC_RELAXED) == first) {
+        struct timespec pause = {0, LOOK_NS};
+        if (now() >= end)
+            return -ETIMEDOUT;
+        nanosleep(&pause, NULL);
+    }
+    return 0;
+}
+
 int pv_map_private(void *address, size_t size, int fd)
 {
     int flags = MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE;

@@ -121,6 +121,8 @@ int pv_uffd_read(int fd, uint64_t *flags, uint64_t *address) PV_CHECKED;
 /* A userfaultfd from an open /dev/userfaultfd: a descriptor, or -errno. */
 int pv_userfaultfd_device(int device, int flags) PV_CHECKED;
 
+/* Waits until it is another one than it is now; else the same. */
+int pv_wait_change(const uint64_t *at, int64_t timeout_ns) PV_CHECKED;
 /* Puts the file's first `size` bytes, shared, where pv_map mapped memory: the file then has its alignment. */
 int pv_map_file(void *address, size_t size, int fd) PV_CHECKED;
 /* Lets that process read our memory by process_vm_readv, where the kernel restricts it (Yama). 0: nobody. */

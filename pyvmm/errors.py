@@ -71,6 +71,8 @@ class FetchError(HostError):
 class MigrationError(PyvmmError):
     """A migration that did not come about: the peer is gone, stalled, refused it, or is none."""
 
+    exit_code = EXIT_FAILED
+
 
 class PeerGone(MigrationError):
     """A connection of a migration that is broken: closed, reset, or nothing has moved on it for too long."""

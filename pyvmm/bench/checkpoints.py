@@ -93,18 +93,40 @@ def _half_zeros(noise: bytes, block: int) -> bytes:
     return bytes(whole)
 
 
+def _scattered(share: float) -> Callable[[bytes, int], bytes]:
+    """So much of it, 0 to 1, are pages of zeros, anywhere."""
+
+    def content(noise: bytes, block: int) -> bytes:
+        rng, whole = random.Random(block), bytearray(_rotated(noise, block))
+        for at in range(0, BLOCK_SIZE, PAGE_SIZE):
+            if rng.random() < share:
+                whole[at : at + PAGE_SIZE] = bytes(PAGE_SIZE)
+        return bytes(whole)
+
+    return content
+
+
+ZEROS = {f"{share} % zeros": share / 100 for share in (0, 0.1, 1, 10)}
+"""Contents that differ in how many pages of zeros there are among random data."""
+
 CONTENTS: dict[str, Callable[[bytes, int], bytes]] = {
     "random": _rotated,  # no codec makes it smaller
     "half text": _mixed,  # of each 2 MiB, 1 MiB random and 1 MiB text-like
     "half zeros": _half_zeros,  # every other page
-}
+} | {name: _scattered(share) for name, share in ZEROS.items()}
+
+
+def blocks(size: int, content: str) -> Iterator[tuple[int, bytes]]:
+    """What RAM of `size` bytes holds from its second block of 2 MiB on: the first is the guest's program."""
+    noise = _noise()
+    for block in range(1, size // BLOCK_SIZE):
+        yield block, CONTENTS[content](noise, block)
 
 
 def fill(memory: GuestMemory, content: str) -> None:
-    """Writes to all RAM but the first 2 MiB, which are the guest's program."""
-    noise = _noise()
-    for block in range(1, memory.size // BLOCK_SIZE):
-        memory.write(memory.gpa_of(block * BLOCK_SIZE // PAGE_SIZE), CONTENTS[content](noise, block))
+    """Writes to all RAM but the first 2 MiB."""
+    for block, data in blocks(memory.size, content):
+        memory.write(memory.gpa_of(block * BLOCK_SIZE // PAGE_SIZE), data)
 
 
 # ---- guests ----

@@ -26,10 +26,13 @@ BENCHMARKS = {
     "restore": "a restored guest's first instruction, and how soon it touches its RAM",
     "blocks": "lazy restore from storage blocks of each size and codec",
     "save": "a VM saved: speed with each codec, beside write(); the guest's stall",
+    "streams": "pages from one process to another: page runs, beside send() and recv()",
+    "migrate": "a guest moves to another process: speed, downtime, its work, large pages",
+    "populate": "a guest's first pass over memory that was populated before, or not",
     "storage": "a snapshot file written and read with each codec: plain write() and read() of the same bytes",
 }
 # Those that have measure(quick=True): little memory and few rounds.
-QUICK = ("traces", "faults", "idle", "restore", "blocks", "save")
+QUICK = ("traces", "faults", "idle", "restore", "blocks", "save", "streams", "migrate", "populate")
 
 
 def run(args: Arguments) -> int:
@@ -66,18 +69,22 @@ def _as_json(result: Result) -> dict[str, object]:
     return named | {
         "name": result.name,
         "unit": result.unit,
-        "median": result.median,
+        "median": result.median if result.values else None,
         "values": list(result.values),
     }
 
 
 def _table(group: str, results: list[Result]) -> Table:
     many = any(len(result.values) >= MANY for result in results)
+    results = sorted(results, key=lambda result: not result.values)  # what is not here is compared with nothing
     heads = ["median", "min", "p90" if many else "max", *(["max"] if many else []), f"/ {results[0].name}"]
     table = Table("", *heads, title=group or None, title_justify="left", title_style="italic")
     for column in table.columns[1:]:
         column.justify = "right"
     for result in results:
+        if not result.values:
+            table.add_row(result.name, "not here")
+            continue
         shown = scaled(result)
         quantiles = [shown.median, shown.quantile(0), *([shown.quantile(0.9)] if many else []), shown.quantile(1)]
         figures = [f"{quantiles[0]:,.{_digits(quantiles[0])}f} {shown.unit}"]

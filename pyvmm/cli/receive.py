@@ -79,7 +79,7 @@ class _Received(Shown):
     def make(self) -> VM:
         args = self.args
         self._incoming: Incoming = VM.receive(
-            str(self._address), tls=self._tls, unit=args.unit, prepare=self._built, capture=args.capture
+            str(self._address), tls=self._tls, unit=args.unit, built=self._built, capture=args.capture
         )
         self._moving.begin(lambda: self._incoming, side="destination")
         self._follower = threading.Thread(target=self._follow, name="migration events", daemon=True)
@@ -105,7 +105,6 @@ class _Received(Shown):
             self._end()
 
     def begin(self, vm: VM) -> None:
-        vm.serial.on_listen()  # the guest may have listened before it came, and the console is to know
         self._ready.set()
         self._incoming.vm()
         with self._lock:

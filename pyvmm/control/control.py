@@ -37,6 +37,7 @@ class Control:
         self._vm = vm
         self.moving = Moving() if moving is None else moving
         self._stream: threading.Thread | None = None
+        self._beginning = threading.Lock()  # until the thread that follows a migration runs
         self._handlers: dict[str, Callable[[dict[str, Any], Reply], None]] = {
             "status": self._status,
             "migrate": self._migrate,
@@ -67,9 +68,13 @@ class Control:
         self._server.close()
 
     def moved_to(self) -> str:
-        """Where the guest has gone, when wait() has told that it has: waits until the other side has all of it."""
-        if self._stream is not None:
-            self._stream.join()
+        """Where the guest has gone, when wait() has told that it has: waits until the other side has all of it. Raises
+        MigrationError where it was killed there before."""
+        with self._beginning:
+            stream = self._stream
+        if stream is not None:
+            stream.join()
+            self.moving.result()
         return self.moving.to
 
     def _serve(self, request: Request, reply: Reply) -> None:
@@ -103,9 +108,10 @@ class Control:
         given = dict(arguments)
         to = given.pop("to")
         given["tls"] = tls_of(given.pop("tls_cert"), given.pop("tls_key"), given.pop("tls_ca"))
-        self.moving.begin(lambda: self._vm.migrate(to, **given), to)
-        self._stream = threading.Thread(target=self._tell, args=(reply,), name="control migration", daemon=True)
-        self._stream.start()
+        with self._beginning:
+            self.moving.begin(lambda: self._vm.migrate(to, **given), to)
+            self._stream = threading.Thread(target=self._tell, args=(reply,), name="control migration", daemon=True)
+            self._stream.start()
 
     def _tell(self, reply: Reply) -> None:
         """Gives on what happens; nobody waits for whoever reads that."""

@@ -106,6 +106,10 @@ class Engine:
         lib.pv_engine_vcpu(self._native, len(self._vcpus), native)
         self._vcpus.append(native)
 
+    def equip(self) -> None:
+        """Makes ready what the first operation needs, for who has no time then."""
+        self.call(lambda native: 0)
+
     def _equip(self, native: CData) -> None:
         """Opens the userfaultfds, once."""
         with self._equipping:

@@ -15,14 +15,18 @@ from pyvmm.migration.transport import HANDSHAKE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pyvmm.migration.capture import Recorder
     from pyvmm.migration.connection import Connection
     from pyvmm.migration.frames import Frame
     from pyvmm.migration.opening import Terms
-    from pyvmm.migration.transport import Listener
+    from pyvmm.migration.transport import Caller, Listener
 
 _MOST = 32
 """Connections that have not said yet what they are: more are closed at once."""
+_LOOK = 0.1
+"""Between two looks at whether the source is still there, while its connections do not come."""
 _NAMES = {number: name for name, number in CHANNELS.items()}
 
 
@@ -38,7 +42,7 @@ class Acceptor:
         self._busy = False
         self._terms: Terms | None = None
         self._places: dict[tuple[str, int], Connection | None] = {}
-        self._new: set[Connection] = set()
+        self._new: dict[int, Caller | Connection] = {}
         self._numbers = 0
         self._closed = False
         self.troubles: list[str] = []
@@ -51,7 +55,7 @@ class Acceptor:
         with self._news:
             self._closed = True
             self._news.notify_all()
-            waiting = [*self._new, *(place for place in self._places.values() if place is not None)]
+            waiting = [*self._new.values(), *(place for place in self._places.values() if place is not None)]
         for connection in waiting:
             connection.end()
         self._thread.join()
@@ -66,36 +70,41 @@ class Acceptor:
         self._listener.close()
 
     def hello(self, timeout: float) -> tuple[Connection, Hello] | None:
-        """The next one who wants to migrate here; until refuse() or forget() nobody else is let in."""
+        """The next one who wants to migrate here; until refused() nobody else is let in."""
         with self._news:
             self._news.wait_for(lambda: self._hello is not None or self._closed, timeout)
             found, self._hello = self._hello, None
             return found
 
-    def forget(self) -> None:
-        """That migration came to nothing: another one may begin."""
+    def refused(self, why: str) -> None:
+        """Whoever said HELLO cannot migrate here: another one may."""
+        self._note(why)
         with self._news:
             self._busy = False
-            self._terms = None
-            left, self._places = [place for place in self._places.values() if place is not None], {}
+
+    def expect(self, terms: Terms, places: list[tuple[str, int]]) -> None:
+        """From now on JOINs for these places (kind and index) are taken; those that nobody asked for are closed."""
+        with self._news:
+            self._terms = terms
+            left, self._places = [place for place in self._places.values() if place is not None], dict.fromkeys(places)
         for connection in left:
             connection.close()
 
-    def expect(self, terms: Terms, places: list[tuple[str, int]]) -> None:
-        """From now on JOINs for these places (kind and index) are taken."""
+    def joined(
+        self, kind: str, index: int, timeout: float = HANDSHAKE, check: Callable[[], None] = lambda: None
+    ) -> Connection:
+        """The connection for a place, which is the caller's then. check: called while it does not come, and raises
+        where it never will. Raises PeerGone."""
+        place, deadline = (kind, index), time.monotonic() + timeout
         with self._news:
-            self._terms = terms
-            self._places = dict.fromkeys(places)
-
-    def joined(self, kind: str, index: int, timeout: float = HANDSHAKE) -> Connection:
-        """The connection for a place, which is the caller's then. Raises PeerGone."""
-        place = (kind, index)
-        with self._news:
-            came = self._news.wait_for(lambda: self._closed or self._places.get(place) is not None, timeout)
-            connection = self._places.get(place)
-            if not came or connection is None:
-                raise PeerGone(f"the source has not opened its connection for {kind} in time")
-            del self._places[place]
+            while self._places.get(place) is None:
+                check()
+                left = deadline - time.monotonic()
+                if self._closed or left <= 0:
+                    raise PeerGone(f"the source has not opened its connection for {kind} in time")
+                self._news.wait(min(left, _LOOK))
+            connection = self._places.pop(place)
+            assert connection is not None
             return connection
 
     def resume(self, timeout: float) -> tuple[Connection, Resume] | None:
@@ -110,37 +119,43 @@ class Acceptor:
     def _accept(self) -> None:
         while not self._closed:
             try:
-                connection = self._listener.accept(0.2)
+                caller = self._listener.call(0.2)
             except PyvmmError as error:
                 self._note(str(error))
                 continue
-            if connection is None:
+            if caller is None:
                 continue
+            number = self._numbers = self._numbers + 1
             with self._news:
                 full = len(self._new) >= _MOST or self._closed
                 if not full:
-                    self._new.add(connection)
-                    connection.recorder, connection.channel = self._recorder, self._numbers
-                    self._numbers += 1
+                    self._new[number] = caller
             if full:
-                connection.close()
+                caller.close()
                 continue
-            threading.Thread(target=self._first, args=(connection,), name="migration caller", daemon=True).start()
+            thread = threading.Thread(target=self._first, args=(number, caller), name="migration caller", daemon=True)
+            thread.start()
 
-    def _first(self, connection: Connection) -> None:
-        kept = False
+    def _first(self, number: int, caller: Caller) -> None:
+        """Whoever stalls here is in nobody's way."""
+        connection, kept = None, False
         try:
-            frame = connection.recv(HANDSHAKE)
-            kept = self._place(connection, frame)
-        except ProtocolError as error:
-            self._note(str(error))
-        except MigrationError:
+            connection = caller.greet()
+            connection.recorder, connection.channel = self._recorder, number - 1
+            with self._news:
+                self._new[number] = connection
+                if self._closed:
+                    connection.end()
+            kept = self._place(connection, connection.recv(HANDSHAKE))
+        except PeerGone:
             pass  # somebody looked whether anybody listens
+        except MigrationError as error:
+            self._note(str(error))
         finally:
-            if not kept:
+            if connection is not None and not kept:
                 connection.close()
             with self._news:
-                self._new.discard(connection)
+                del self._new[number]
                 self._news.notify_all()
 
     def _place(self, connection: Connection, frame: Frame) -> bool:

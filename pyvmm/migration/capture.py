@@ -11,6 +11,7 @@ import time
 
 from pyvmm._native import ffi
 from pyvmm.errors import BadInput, HostError, ProtocolError
+from pyvmm.migration.fields import Fixed, Rest
 from pyvmm.migration.frames import (
     BY_TYPE,
     CHANNELS,
@@ -19,11 +20,9 @@ from pyvmm.migration.frames import (
     HEAD_SIZE,
     MODES,
     Decoder,
-    Fixed,
     Hello,
     Join,
     Joined,
-    Rest,
     _Bits,
 )
 from pyvmm.migration.shape import decode_shape

@@ -79,9 +79,10 @@ class Connection:
         """Of the next frame out, and in: where frames of pages go on counting."""
         return self._sequence, self._decoder.sequence
 
-    def send(self, frame: Frame, timeout: float = SILENCE) -> None:
-        """Sends all of it. Raises PeerGone where that takes longer, or the other side has gone."""
-        deadline = time.monotonic() + timeout
+    def send(self, frame: Frame, timeout: float | None = None) -> None:
+        """Sends all of it. timeout: None: SILENCE. Raises PeerGone where that takes longer, or the other side has
+        gone."""
+        deadline = time.monotonic() + (SILENCE if timeout is None else timeout)
         with self._sending:
             raw = encode(frame, self._sequence)
             view = memoryview(raw)
@@ -91,10 +92,10 @@ class Connection:
             if self.recorder is not None:
                 self.recorder.note(True, self.channel, raw)
 
-    def recv(self, timeout: float = SILENCE) -> Frame:
-        """The next frame, all of which must come in time. Takes nothing of what follows it. Raises PeerGone; and
-        ProtocolError for what is no frame of the protocol."""
-        deadline = time.monotonic() + timeout
+    def recv(self, timeout: float | None = None) -> Frame:
+        """The next frame, all of which must come in time (None: SILENCE). Takes nothing of what follows it. Raises
+        PeerGone; and ProtocolError for what is no frame of the protocol."""
+        deadline = time.monotonic() + (SILENCE if timeout is None else timeout)
         raw = bytearray()
         while True:
             wants = min(self._decoder.wants, 1 << 16)

@@ -170,6 +170,9 @@ class Control:
             return True
         if isinstance(frame, Cancel):
             self._heard = True
+            with suppress(MigrationError), self._lock:
+                if not self.order.cancelled:
+                    self._send(Cancel("heard"))  # beside the order, which has ended
             self._end(Cancelled(f"{self.peer} says: {frame.reason}"))
             return False
         if heeded:

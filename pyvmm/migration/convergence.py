@@ -18,30 +18,33 @@ STEPS = (0.2, 0.4, 0.6, 0.8, 0.9, 0.95)
 
 class Decision(Record):
     """next: SWITCH, ROUND, POSTCOPY or GIVE_UP; defer: pages that were written in two rounds in a row come with the
-    last round only; throttle: share of the time in which vCPUs are held; expected: the downtime, were it now; help:
-    what is new about this, in words, or nothing."""
+    last round only; fine: writes are traced by small pages; throttle: share of the time in which vCPUs are held;
+    expected: the downtime, were it now; help: what is new about this, in words, or nothing."""
 
-    __slots__ = ("defer", "expected", "help", "next", "throttle")
+    __slots__ = ("defer", "expected", "fine", "help", "next", "throttle")
 
-    def __init__(self, next: str, expected: float, defer: bool, throttle: float, help: str = "") -> None:
+    def __init__(self, next: str, expected: float, defer: bool, fine: bool, throttle: float, help: str = "") -> None:
         self.next = next
         self.expected = expected
         self.defer = defer
+        self.fine = fine
         self.throttle = throttle
         self.help = help
 
 
 class Convergence:
     """downtime: seconds that may be; throttle: may vCPUs be held; postcopy: may it end in post-copy; rounds: how many
-    there may be. Helps, in this order: fewer copies of hot pages, vCPUs held for a growing part of the time, post-copy.
+    there may be; fine: could writes be traced by small pages, and are not yet. Helps, in this order: fewer copies of
+    hot pages, by what is known of them and then by a finer trace; vCPUs held for a growing part of the time; post-copy.
     """
 
-    def __init__(self, downtime: float, throttle: bool, postcopy: bool, rounds: int) -> None:
+    def __init__(self, downtime: float, throttle: bool, postcopy: bool, rounds: int, fine: bool = False) -> None:
         self._downtime = downtime
         self._may_throttle = throttle
         self._postcopy = postcopy
         self._rounds = rounds
-        self._defer = False
+        self._may_be_fine = fine
+        self._defer = self._fine = False
         self._share = 0.0
         self._before: int | None = None
 
@@ -49,7 +52,7 @@ class Convergence:
         """A round has ended. left: pages still to be sent, all together; bandwidth: bytes a second."""
         before, self._before = self._before, left
         expected = STATE_COST + left * PAGE_SIZE / max(bandwidth, 1.0)
-        if expected <= self._downtime:
+        if expected <= self._downtime and not self._pays(round, before, left, expected):
             return self._decide(SWITCH, expected)
         if round >= self._rounds:
             return self._decide(POSTCOPY if self._postcopy else GIVE_UP, expected)
@@ -58,6 +61,9 @@ class Convergence:
         if not self._defer:
             self._defer = True
             return self._decide(ROUND, expected, "hot pages last")
+        if self._may_be_fine and not self._fine:
+            self._fine = True
+            return self._decide(ROUND, expected, "small pages traced")
         higher = [step for step in STEPS if step > self._share]
         if self._may_throttle and higher:
             self._share = higher[0]
@@ -66,5 +72,10 @@ class Convergence:
             return self._decide(POSTCOPY, expected, "postcopy")
         return self._decide(ROUND, expected)
 
+    def _pays(self, round: int, before: int | None, left: int, expected: float) -> bool:
+        """It may be now; but one more round is short, and makes the downtime much shorter."""
+        shrinks = before is None or left <= before // 2
+        return shrinks and round < self._rounds and expected > 1.5 * STATE_COST
+
     def _decide(self, next: str, expected: float, help: str = "") -> Decision:
-        return Decision(next, expected, self._defer, self._share, help)
+        return Decision(next, expected, self._defer, self._fine, self._share, help)

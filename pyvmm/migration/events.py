@@ -72,8 +72,8 @@ class RoundEnded(Event):
 
 
 class Helped(Event):
-    """The source writes faster than the connection takes: help: what is done about it ("hot pages last", "throttle",
-    "postcopy"); share: of the time in which vCPUs are held, 0 to 1."""
+    """The source writes faster than the connection takes: help: what is done about it ("hot pages last", "small
+    pages traced", "throttle", "postcopy"); share: of the time in which vCPUs are held, 0 to 1."""
 
     KIND = "helped"
     __slots__ = ("help", "share")

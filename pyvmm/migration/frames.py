@@ -9,6 +9,7 @@ import struct
 from pyvmm._native import lib
 from pyvmm.errors import ProtocolError
 from pyvmm.layout import BLOCK_SIZE, PAGE_SIZE
+from pyvmm.migration.fields import Fixed, Number, Rest, Text
 from pyvmm.record import Record
 from pyvmm.snapshot.format import MAX_STATES, checksum
 
@@ -16,6 +17,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any, ClassVar, TypeAlias
+
+    from pyvmm.migration.fields import Kind
 
     Buffer: TypeAlias = bytes | bytearray | memoryview
 
@@ -31,7 +34,6 @@ MAX_PAGES = 1 << 28
 MAX_BLOCKS = MAX_PAGES * PAGE_SIZE // BLOCK_SIZE
 MAX_BITS = 64 << 10
 """Bytes of a bitmap in one frame."""
-MAX_TEXT = 1024
 MAX_SHAPE = 64 << 10
 MAX_PIECE = 1 << 20
 """Bytes of States in one frame."""
@@ -49,93 +51,6 @@ CHANNELS = {"pages": 1, "urgent": 2, "source-witness": 3, "destination-witness":
 DECISIONS = {"held": 1, "offered": 2, "given": 3, "none": 4, "ready": 5, "taken": 6}
 """The source's first three, then the destination's."""
 
-
-# ---- what a body is made of ----
-
-
-class Number:
-    """An unsigned integer from `low` to `high`, `size` bytes."""
-
-    def __init__(self, size: int, high: int, low: int = 0) -> None:
-        self.size, self.high, self.low = size, high, low
-        self.most = size
-
-    def put(self, value: Any, out: bytearray) -> None:  # noqa: ANN401 (whatever a frame was made with)
-        if type(value) is not int or not self.low <= value <= self.high:
-            raise ValueError(f"{value!r} is not a number from {self.low} to {self.high}")
-        out += value.to_bytes(self.size, "little")
-
-    def take(self, body: memoryview, at: int) -> tuple[int, int]:
-        if len(body) - at < self.size:
-            raise ValueError("the body is too short")
-        value = int.from_bytes(body[at : at + self.size], "little")
-        if not self.low <= value <= self.high:
-            raise ValueError(f"{value} is not from {self.low} to {self.high}")
-        return value, at + self.size
-
-
-class Fixed:
-    """So many bytes; secret: not shown to people."""
-
-    def __init__(self, size: int, secret: bool = False) -> None:
-        self.size = self.most = size
-        self.secret = secret
-
-    def put(self, value: Any, out: bytearray) -> None:  # noqa: ANN401
-        if not isinstance(value, bytes) or len(value) != self.size:
-            raise ValueError(f"not {self.size} bytes")
-        out += value
-
-    def take(self, body: memoryview, at: int) -> tuple[bytes, int]:
-        if len(body) - at < self.size:
-            raise ValueError("the body is too short")
-        return bytes(body[at : at + self.size]), at + self.size
-
-
-class Text:
-    """One line for people, or an address."""
-
-    most = 2 + MAX_TEXT
-
-    def put(self, value: Any, out: bytearray) -> None:  # noqa: ANN401
-        if not isinstance(value, str) or not value.isprintable():
-            raise ValueError("not a printable text")
-        raw = value.encode()  # no surrogate is printable
-        if len(raw) > MAX_TEXT:
-            raise ValueError(f"a text of {len(raw)} bytes: {MAX_TEXT} at most")
-        out += len(raw).to_bytes(2, "little") + raw
-
-    def take(self, body: memoryview, at: int) -> tuple[str, int]:
-        if len(body) - at < 2:
-            raise ValueError("the body is too short")
-        end = at + 2 + int.from_bytes(body[at : at + 2], "little")
-        if end - at > self.most or end > len(body):
-            raise ValueError("a text is longer than it can be")
-        text = str(body[at + 2 : end], "utf-8")  # a UnicodeDecodeError is a ValueError
-        if not text.isprintable():
-            raise ValueError("a text is not printable")
-        return text, end
-
-
-class Rest:
-    """All bytes up to the end: `low` to `high` of them."""
-
-    def __init__(self, high: int, low: int = 0) -> None:
-        self.most, self.low = high, low
-
-    def put(self, value: Any, out: bytearray) -> None:  # noqa: ANN401
-        if not isinstance(value, bytes) or not self.low <= len(value) <= self.most:
-            raise ValueError(f"not {self.low} to {self.most} bytes")
-        out += value
-
-    def take(self, body: memoryview, at: int) -> tuple[bytes, int]:
-        if not self.low <= len(body) - at <= self.most:
-            raise ValueError(f"not {self.low} to {self.most} bytes")
-        return bytes(body[at:]), len(body)
-
-
-if TYPE_CHECKING:
-    Kind: TypeAlias = Number | Fixed | Text | Rest
 
 U8 = Number(1, 0xFF)
 U64 = Number(8, _MAX_64)
@@ -339,7 +254,8 @@ class Taken(Frame):
 
 class Complete(Frame):
     TYPE = 15
-    __slots__ = ()
+    __slots__ = ("large",)
+    FIELDS = _fields(large=Number(8, MAX_BLOCKS))
 
 
 class Done(Frame):

@@ -51,6 +51,8 @@ class Link:
         self._watch: Watch | None = None
         self._stack = ExitStack()
         self._epoch = 0
+        self._wait = 0.0
+        """Before the next attempt to connect anew."""
         self.breaks = 0
         """Connections made anew."""
 
@@ -65,6 +67,7 @@ class Link:
         watch = Watch(ways.join(terms, "destination-witness", 0, self._stack), DESTINATION, terms.token)
         self._stack.callback(watch.close)
         self._watch = watch
+        self._wait = 0.0
 
     def _channel(self, kind: str, index: int) -> PageChannel:
         connection = self._ways.join(self.terms, kind, index, self._stack)
@@ -84,21 +87,22 @@ class Link:
 
     def again(self, stop: threading.Event) -> str:
         """After a break: connects until the destination answers. Returns its decision; the control connection is new,
-        and the order is the caller's to set. Raises PeerDied, and Abandoned at `stop`."""
+        and the order is the caller's to set, and join() to call. Raises PeerDied, and Abandoned at `stop`."""
         self.control.close()
-        self.breaks += 1
-        wait = _FIRST_WAIT
         while True:
-            self._epoch += 1
-            try:
-                return self._resume()
-            except MigrationError:
-                left, wait = wait, min(2 * wait, _LONGEST_WAIT)
+            left, self._wait = self._wait, min(max(2 * self._wait, _FIRST_WAIT), _LONGEST_WAIT)
             while left > 0:
                 self.check_witness(0)
                 if stop.wait(min(left, _LOOK)):
                     raise Abandoned("nobody waits for the destination any more")
                 left -= _LOOK
+            self._epoch += 1
+            try:
+                theirs = self._resume()
+            except MigrationError:
+                continue
+            self.breaks += 1
+            return theirs
 
     def check_witness(self, seconds: float) -> None:
         """Raises PeerDied if the destination was killed, waiting so long at most for its witness to say so."""

@@ -61,6 +61,33 @@ class Arrivals:
         return lib.pv_bits_count(self.came, self.pages)
 
 
+class PageChannels:
+    """Those of one side, for what they do together."""
+
+    def __init__(self, channels: Sequence[PageChannel]) -> None:
+        self._channels = channels
+
+    @property
+    def wire_bytes(self) -> int:
+        """All that went or came over them."""
+        return sum(int(channel.stream.wire_bytes) for channel in self._channels)
+
+    @property
+    def page_bytes(self) -> int:
+        """Of pages in full."""
+        return sum(int(channel.stream.bytes_pages) for channel in self._channels) * PAGE_SIZE
+
+    @property
+    def zero_pages(self) -> int:
+        """Pages that went or came as metadata."""
+        return sum(int(channel.stream.zero_pages) for channel in self._channels)
+
+    def end(self) -> None:
+        """Ends what waits in them, in any thread."""
+        for channel in self._channels:
+            channel.end()
+
+
 class PageChannel:
     """Pages of RAM over a connection that has been joined, which it takes over: close it here. ram: where page 0 lies,
     or would lie in a staging area. timeout: seconds in which something must move. One thread at a time sends, one

@@ -6,7 +6,7 @@ from __future__ import annotations
 import threading
 
 from pyvmm.errors import ProtocolError
-from pyvmm.layout import PAGE_SIZE
+from pyvmm.migration.pages import PageChannels
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -18,29 +18,14 @@ _STEP = 1 << 14
 """Pages between two looks at whether it is to end: 64 MiB."""
 
 
-class Receiver:
+class Receiver(PageChannels):
     """Rounds from channels, whose closing is the caller's. seen: pages that have come in any round."""
 
     def __init__(self, channels: Sequence[PageChannel]) -> None:
-        self._channels = channels
+        super().__init__(channels)
         self._threads: list[threading.Thread] = []
         self._errors: list[BaseException] = []
         self._told = [0] * len(channels)
-
-    @property
-    def wire_bytes(self) -> int:
-        """All that came over the channels."""
-        return sum(int(channel.stream.wire_bytes) for channel in self._channels)
-
-    @property
-    def page_bytes(self) -> int:
-        """Of pages that came in full."""
-        return sum(int(channel.stream.bytes_pages) for channel in self._channels) * PAGE_SIZE
-
-    @property
-    def zero_pages(self) -> int:
-        """Pages that came as metadata."""
-        return sum(int(channel.stream.zero_pages) for channel in self._channels)
 
     def round(self, arrivals: Arrivals, number: int, pages: int) -> int:
         """Receives all of a round, of so many pages. Returns how many came. Raises what a channel met with, and
@@ -73,8 +58,3 @@ class Receiver:
         except BaseException as error:  # whatever it is, it is the session's to deal with
             self._errors.append(error)
             self.end()
-
-    def end(self) -> None:
-        """Nothing more comes: ends what waits in the channels."""
-        for channel in self._channels:
-            channel.end()

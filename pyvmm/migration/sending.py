@@ -12,6 +12,7 @@ from pyvmm._native import ffi, lib
 from pyvmm.layout import BLOCK_SIZE, PAGE_SIZE
 from pyvmm.memory.pageset import PageSet
 from pyvmm.memory.trace import Runs
+from pyvmm.migration.pages import PageChannels
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 _STEP = 1024
 """Pages in one call of C: 4 MiB, about 2 ms, after which a cancel is heeded."""
+_AT_ONCE = 32
+"""Pages that are sent without a thread, which takes longer to start: they fit into any socket's buffer."""
 _BLOCK_BYTES = BLOCK_SIZE // PAGE_SIZE // 8
 """Of a bitmap, for a block of 2 MiB."""
 
@@ -51,24 +54,24 @@ class Pace:
             stop.wait(due - now)
 
 
-class Sender:
+class Sender(PageChannels):
     """Rounds over channels, whose closing is the caller's. pulled: the other side reads the pages out of our memory."""
 
     def __init__(
         self, memory: GuestMemory, channels: Sequence[PageChannel], rate: float = 0, pulled: bool = False
     ) -> None:
         self._memory = memory
-        self._channels = channels
+        super().__init__(channels)
         self._pages = memory.size // PAGE_SIZE
         self.pace = Pace(rate)
         """Of all that this side sends: also of what goes after the switch."""
         self._pulled = pulled
         self._pins = ExitStack()
         self._stop = threading.Event()
+        self._beginning = threading.Lock()  # none of the threads is joined before it runs
         self._tables = [ffi.new("struct pv_run_pages[]", _STEP) for _ in channels]
         self._sent = [0] * len(channels)
         self._threads: list[threading.Thread] = []
-        self._starting = threading.Lock()  # who ends it meanwhile waits for all threads of the round
         self._errors: list[BaseException] = []
 
     @property
@@ -76,34 +79,23 @@ class Sender:
         """Pages of this round that have gone."""
         return sum(self._sent)
 
-    @property
-    def wire_bytes(self) -> int:
-        """All that went over the channels."""
-        return sum(int(channel.stream.wire_bytes) for channel in self._channels)
-
-    @property
-    def page_bytes(self) -> int:
-        """Of pages that went in full."""
-        return sum(int(channel.stream.bytes_pages) for channel in self._channels) * PAGE_SIZE
-
-    @property
-    def zero_pages(self) -> int:
-        """Pages that went as metadata."""
-        return sum(int(channel.stream.zero_pages) for channel in self._channels)
-
     def begin(self, round: int, pages: PageSet, zeros: PageSet | None = None) -> None:
-        """Sends these pages, each channel its blocks, and END; zeros: pages that hold nothing, told as such."""
+        """Sends these pages, each channel its blocks, and END; zeros: pages that hold nothing, told as such. After
+        end() nothing."""
         assert not self._threads
         shares = self._deal(pages)
-        for index, channel in enumerate(self._channels):
-            empty = zeros.runs() if zeros is not None and index == 0 else Runs()
-            self._sent[index] = 0
-            thread = threading.Thread(
-                target=self._channel, args=(index, channel, round, shares[index], empty), name="migration pages"
-            )
-            with self._starting:
-                thread.start()
+        with self._beginning:
+            for index, channel in enumerate(self._channels if not self._stop.is_set() else ()):
+                empty = zeros.runs() if zeros is not None and index == 0 else Runs()
+                self._sent[index] = 0
+                if len(self._channels) == 1 and not empty and shares[0].pages <= _AT_ONCE:
+                    self._channel(index, channel, round, shares[index], empty)
+                    return
+                thread = threading.Thread(
+                    target=self._channel, args=(index, channel, round, shares[index], empty), name="migration pages"
+                )
                 self._threads.append(thread)
+                thread.start()
 
     def done(self, seconds: float) -> bool:
         """Waits so long at most: has all of the round gone? Raises what a channel met with."""
@@ -124,11 +116,10 @@ class Sender:
     def end(self) -> None:
         """No more is sent: ends what waits in the channels, and the threads."""
         self._stop.set()
-        for channel in self._channels:
-            channel.end()
-        with self._starting:
+        super().end()
+        with self._beginning:
             threads = list(self._threads)
-        for thread in threads:  # one that starts later sends nothing
+        for thread in threads:
             thread.join()
         self._pins.close()
 

@@ -7,6 +7,7 @@ import errno
 import select
 import socket
 import time
+from contextlib import suppress
 
 from pyvmm.errors import BadInput, HostError, MigrationError, PeerGone
 from pyvmm.migration.address import Address
@@ -53,9 +54,8 @@ class Listener:
         """Nobody can connect any more; twice is once."""
         self._listening.close()
 
-    def accept(self, timeout: float, handshake: float = HANDSHAKE) -> Connection | None:
-        """The next one who connects, or None in time. With TLS one may come without it: it is a `plain_witness`. Raises
-        MigrationError for one who fails at TLS: others may come."""
+    def call(self, timeout: float) -> Caller | None:
+        """The next one who connects, or None in time: not a word has been exchanged. Raises HostError."""
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
         if not poll.poll(max(0.0, timeout) * 1000):
@@ -70,12 +70,47 @@ class Listener:
         if self.address.kind == "tcp":
             name += f" at {peer[0]}:{peer[1]}"
             _tune(sock)
+        return Caller(sock, name, self._tls)
+
+    def accept(self, timeout: float, handshake: float = HANDSHAKE) -> Connection | None:
+        """The next one who connects, greeted, or None in time. Raises HostError, and what greet() does: others may
+        come."""
+        caller = self.call(timeout)
+        return caller.greet(handshake) if caller is not None else None
+
+
+class Caller:
+    """Somebody who has connected. Either greet() or close() is to be called."""
+
+    def __init__(self, sock: socket.socket, name: str, tls: Tls | None) -> None:
+        self._socket = sock
+        self._same = sock.dup()  # TLS takes the other one over
+        self._name = name
+        self._tls = tls
+
+    def greet(self, handshake: float = HANDSHAKE) -> Connection:
+        """The TLS handshake, where that is to be. One may come without it: it is a `plain_witness`. Raises
+        MigrationError for one who fails at it."""
+        with self._same:
+            return self._greet(self._socket, self._name, handshake)
+
+    def _greet(self, sock: socket.socket, name: str, handshake: float) -> Connection:
         if self._tls is None:
             return Connection(sock, name)
         deadline = time.monotonic() + handshake
         if _begins(sock, name, handshake) == MAGIC[:1]:
             return Connection(sock, name, plain_witness=True)
         return Connection(self._tls.wrap(sock, name, None, max(0.0, deadline - time.monotonic())), name)
+
+    def end(self) -> None:
+        """Has greet() fail, in any thread."""
+        with suppress(OSError):  # it is done
+            self._same.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Nobody wants them."""
+        self._same.close()
+        self._socket.close()
 
 
 def _begins(sock: socket.socket, peer: str, timeout: float) -> bytes:

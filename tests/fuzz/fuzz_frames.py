@@ -10,7 +10,8 @@ from checks import one_line
 from seeds import FRAME_KINDS, some_frame
 
 from pyvmm.errors import ProtocolError
-from pyvmm.migration.frames import BY_TYPE, HEAD_SIZE, MAGIC, VERSION, Decoder, Rest, Text, encode
+from pyvmm.migration.fields import Rest, Text
+from pyvmm.migration.frames import BY_TYPE, HEAD_SIZE, MAGIC, VERSION, Decoder, encode
 from pyvmm.migration.order import DESTINATION, RESUMABLE, SOURCE, Order
 from pyvmm.snapshot.format import checksum
 

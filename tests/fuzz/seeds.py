@@ -16,7 +16,8 @@ from test_migration_order import WELCOME, WHOLE, hello
 from pyvmm.errors import ProtocolError
 from pyvmm.layout import PAGE_SIZE
 from pyvmm.migration import capture, frames
-from pyvmm.migration.frames import CONTROL, MAX_PAGES, MAX_RUN, RUNS, Fixed, Number, Rest, Text, encode
+from pyvmm.migration.fields import Fixed, Number, Rest, Text
+from pyvmm.migration.frames import CONTROL, MAX_PAGES, MAX_RUN, RUNS, encode
 from pyvmm.migration.shape import Shape
 from pyvmm.snapshot import Snapshot
 from pyvmm.snapshot.format import CODECS, HEADER_SIZE, decode

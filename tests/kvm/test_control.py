@@ -169,6 +169,31 @@ def test_a_guest_that_moves_ends_run(path, monkeypatch, capfd):
     assert not os.path.exists("f")
 
 
+def test_a_guest_that_was_killed_where_it_moved_to(path, monkeypatch, capfd):
+    """It ran there and did not come through: `run` has not moved it."""
+
+    def migrate(vm, to, **options):
+        migration = FakeMigration(to, **options)
+        migration.tell(SWITCHED)
+        vm._life.end(RunResult("migrated", 0))
+        migration.tell(Failed(1.0, reason="the destination was killed (it had decided: taken)", runs=False))
+        return migration
+
+    monkeypatch.setattr(VM, "migrate", migrate, raising=False)
+
+    def move():
+        with connected(path) as client:
+            stream = client.stream("migrate", to="unix:/there")
+            with pytest.raises(ControlError, match="killed"):
+                list(stream)
+
+    mover = threading.Thread(target=move)
+    mover.start()
+    assert main(["run", "verify", "--mem", "4M", "--control", path]) == 1
+    mover.join(PATIENCE)
+    assert capfd.readouterr().err == "pyvmm: the destination was killed (it had decided: taken)\n"
+
+
 # ---- receive ----
 
 
@@ -177,10 +202,10 @@ class Incoming(FakeMigration):
 
     guest, append = "hello", ""
 
-    def __init__(self, address, output=None, prepare=None, **options):
+    def __init__(self, address, output=None, built=None, **options):
         super().__init__(address, **options)
         self.address = address
-        self._prepare = prepare
+        self._built = built
         self._here = threading.Event()
         self._vm = None
         self.closed = False
@@ -199,7 +224,7 @@ class Incoming(FakeMigration):
     def build(self):
         self._vm = VM(memory="4M")
         self._vm.load(self.guest, self.append)
-        self._prepare(self._vm)
+        self._built(self._vm)
 
     def act(self):
         self.tell(CONNECTED)

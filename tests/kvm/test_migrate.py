@@ -12,7 +12,7 @@ from test_round_trips import pairwise
 from pyvmm import VM
 from pyvmm.errors import BadInput, LifecycleError, MigrationError
 from pyvmm.layout import BLOCK_SIZE, PAGE_SIZE, Gpa
-from pyvmm.migration.events import Finished, RoundEnded, Switched
+from pyvmm.migration.events import Finished, Helped, RoundEnded, Switched
 from pyvmm.pytest_plugin import needs
 from pyvmm.testing.verify_model import check_memory, ram_hash
 
@@ -79,6 +79,11 @@ def at_work(vm, guest, append=None, **options):
     until(lambda: machine.progress().count or machine.ended)
     assert not machine.ended, machine.printed
     return machine
+
+
+def takes_long(machine):
+    """A guest that moves with little bandwidth does so for seconds."""
+    machine.memory.write(Gpa(16 << 20), random.Random(1).randbytes(8 << 20))
 
 
 def moved(source, incoming, address, theirs=None, **options):
@@ -211,6 +216,31 @@ def test_pages_that_are_away_at_the_source(vm, incoming, listens, mode):
     gets_on(target)
 
 
+@pytest.mark.parametrize("mode", ["precopy", "postcopy"])
+def test_a_lazily_restored_guest(vm, incoming, listens, tmp_path, mode):
+    """Pages that the source itself has not read yet come too."""
+    first = at_work(vm, "verify", cpus=2)
+    first.snapshot(str(tmp_path / "s"))
+    first.close()
+    with VM.restore(str(tmp_path / "s"), lazy=True, fill=False, generation=False) as source:
+        source.start()
+        target, _, _ = moved(source, incoming, listens("unix"), mode=mode)
+    gets_on(target)
+
+
+def test_onward_before_all_is_there(vm, incoming, tmp_path):
+    """Through three VMs by post-copy, each time before the pages have come."""
+    source = at_work(vm, "verify", cpus=2)
+    sessions = []
+    for number in range(3):
+        into = incoming(f"unix:{tmp_path / str(number)}")
+        sessions += [source.migrate(into.address, mode="postcopy", bandwidth="64M"), into]
+        source = into.vm(SECONDS)
+    for session in sessions:
+        session.result(SECONDS)
+    gets_on(source)
+
+
 def test_console_moves(vm, incoming, listens):
     """What was typed and not read goes along, and no byte of the output is lost or doubled."""
     said = []
@@ -253,9 +283,11 @@ def test_events_tell_what_happens(vm, incoming, listens):
 
 def test_pace(vm, incoming, listens):
     source = at_work(vm, "smp", memory="32M", cpus=1)
-    source.memory.write(Gpa(16 << 20), random.Random(1).randbytes(8 << 20))
-    _, sent, _ = moved(source, incoming, listens("unix"), bandwidth="32M")
+    takes_long(source)
+    target, sent, _ = moved(source, incoming, listens("unix"), bandwidth="32M")
     assert 0.2 < sent.rounds[0].seconds < 2
+    _, sent, _ = moved(target, incoming, listens("tcp"), bandwidth="32M", mode="postcopy")  # 16M at a time
+    assert 0.4 < sent.seconds < 4
 
 
 # ---- what does not come about ----
@@ -286,7 +318,7 @@ def test_nobody_listens(vm, listens):
 
 def test_only_a_running_guest_moves_and_only_once(vm, incoming, listens):
     machine = vm(memory="32M")
-    machine.load("smp", "count=0")
+    machine.load("smp", WORK["smp"])
     with pytest.raises(LifecycleError, match="running guest"):
         machine.migrate(listens("unix"))
     machine.start()
@@ -294,6 +326,7 @@ def test_only_a_running_guest_moves_and_only_once(vm, incoming, listens):
     with pytest.raises(LifecycleError, match="running guest"):
         machine.migrate(listens("unix"))
     machine.resume()
+    takes_long(machine)
     into = incoming(listens("unix"))
     out = machine.migrate(into.address, bandwidth="1M")
     with pytest.raises(LifecycleError, match="moving already"):
@@ -375,7 +408,7 @@ def test_the_guest_ends_meanwhile(vm, incoming, listens):
     source = vm(memory="32M")
     source.load("timer", "ticks=100 period=1000")
     source.start()
-    source.memory.write(Gpa(16 << 20), random.Random(1).randbytes(8 << 20))
+    takes_long(source)
     into = incoming(listens("unix"))
     out = source.migrate(into.address, bandwidth="8M")
     with pytest.raises(MigrationError, match="ended"):
@@ -385,6 +418,7 @@ def test_the_guest_ends_meanwhile(vm, incoming, listens):
 
 def test_another_guest_is_refused_meanwhile(vm, incoming, listens):
     first, second = at_work(vm, "smp"), at_work(vm, "smp")
+    takes_long(first)
     into = incoming(listens("unix"))
     out = first.migrate(into.address, bandwidth="2M")
     until(lambda: len(out._events) > 1)
@@ -404,3 +438,30 @@ def test_nobody_runs_it_twice(vm, incoming, listens):
     with pytest.raises(LifecycleError):
         source.migrate(listens("unix"))
     assert source.progress().guest == "verify"
+
+
+def test_who_is_refused_is_in_nobodys_way(vm, incoming, listens, monkeypatch):
+    """A guest of a shape that cannot be here; then another one moves to the same place."""
+    into = incoming(listens("unix"))
+    strange = at_work(vm, "smp")
+    with monkeypatch.context() as patched:
+        shape = strange.shape()
+        shape.states["flux capacitor"] = 3
+        patched.setattr(strange, "shape", lambda: shape)
+        with pytest.raises(MigrationError, match="states of flux capacitor: version 3 there, none here"):
+            strange.migrate(into.address).result(SECONDS)
+    until(lambda: into.troubles)
+    assert "flux capacitor" in into.troubles[-1]
+    gets_on(strange)
+    strange.migrate(into.address, downtime=0.2).result(SECONDS)
+    gets_on(into.vm(SECONDS))
+
+
+def test_a_finer_trace_takes_over(vm, incoming, listens):
+    """Coarse traces give way to KVM's log where they do not get nearer to the end; no write is lost in between."""
+    source = at_work(vm, "touch", "pattern=uniform size=24M rate=2")
+    out = source.migrate(incoming(listens("unix")).address, downtime=0.005, bandwidth="400M", throttle=False)
+    events = list(out)
+    assert "small pages traced" in [event.help for event in events if isinstance(event, Helped)]
+    rounds = out.result().rounds
+    assert rounds[-1].dirty < rounds[0].dirty / 4

@@ -481,3 +481,34 @@ def test_a_guest_that_keeps_no_gaps_says_so(vm):
     machine.load("touch", "passes=1")
     assert machine.run(timeout=20).ok
     assert machine.progress().longest_gap is None
+
+
+@needs("uffd_wp", "uffd_guest")
+@pytest.mark.parametrize(("first", "second"), [("coarse", "manual"), ("coarse", "bitmap"), ("manual", "coarse")])
+def test_one_trace_takes_over_from_another(vm, first, second, monkeypatch):
+    """What the first one knew, and nobody had asked for, the second one reports; where it cannot start, the first runs
+    on."""
+    machine = vm(memory="32M")
+    machine.load("verify", "")
+    machine.start()
+    one, other = machine.trace(first), machine.trace(second)
+    one.start()
+    machine.memory.write(Gpa(9 << 20), b"x")
+    with monkeypatch.context() as broken:
+        broken.setattr(type(other), "_arm", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            other.start(one)
+    assert one.running
+    assert not other.running
+    machine.memory.write(Gpa(11 << 20), b"x")
+    other.start(one)
+    assert other.running
+    assert not one.running
+    machine.memory.write(Gpa(13 << 20), b"x")
+    machine.pause()
+    found = other.collect()
+    for gpa in (9 << 20, 11 << 20, 13 << 20):
+        assert machine.memory.page_of(Gpa(gpa)) in found
+    with pytest.raises(LifecycleError):
+        one.start(one)
+    other.stop()

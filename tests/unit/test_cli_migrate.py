@@ -271,9 +271,9 @@ def test_status_for_people(vm, path, capsys):
 def test_status_of_a_migration(vm, path, capsys, event):
     with Client(path) as client:
         stream = client.stream("migrate", to="unix:/there")
+        migration = vm.migration()  # which it has begun then; another client's request may overtake this one's
         assert main(["status", path]) == 0
         assert "migration to unix:/there: has just begun" in capsys.readouterr().out
-        migration = vm.migration()
         migration.tell(event)
         with suppress(ControlError):
             list(stream) if migration.done else next(stream)

@@ -32,7 +32,7 @@ WELCOME = frames.Welcome(0, 1, bytes(32))
 STATE = frames.States(4, 0, b"abcd")
 TAIL = [
     (DESTINATION, frames.Ready(0)), (SOURCE, frames.Commit()), (DESTINATION, frames.Taken()),
-    (DESTINATION, frames.Complete()), (SOURCE, frames.Done()),
+    (DESTINATION, frames.Complete(0)), (SOURCE, frames.Done()),
 ]  # fmt: skip
 ROUNDS = [
     (SOURCE, frames.Large(0, 8, b"\xff")),
@@ -91,7 +91,7 @@ def test_what_is_out_of_turn_is_refused_at_every_point(mode):
     """At each point of a whole migration every other frame of both sides, by both ends, unless the table has it."""
     samples = [
         hello(mode), WELCOME, frames.Refuse("no"), frames.Source(1, 1, 1), frames.Large(0, 1, b"\1"), frames.Commit(),
-        frames.Taken(), frames.Ready(0), frames.Complete(), frames.Done(), frames.Have(0, 1, b"\1"),
+        frames.Taken(), frames.Ready(0), frames.Complete(0), frames.Done(), frames.Have(0, 1, b"\1"),
         frames.Died(1, bytes(32)),
         frames.Resume(bytes(16), bytes(32), 1, 1), frames.Resumed(1, 1), frames.Join(bytes(16), bytes(32), 1, 0),
         frames.Joined(1, 0), frames.Cancel("x"), STATE, frames.Prepare(0, 0, 1, 0), frames.RoundDone(1, 1),

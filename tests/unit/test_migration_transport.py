@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from contextlib import ExitStack, contextmanager, suppress
 
 import pytest
@@ -493,3 +494,22 @@ def test_sockets_are_set_up():
             assert end._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
             assert end._socket.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
             assert not os.get_inheritable(end.fileno())
+
+
+def test_who_stalls_in_the_handshake_is_in_nobodys_way(tls):
+    """With TLS: one connects and says nothing; another is served meanwhile; and closing waits for neither."""
+    listener = listen(at("tcp:0"), tls("destination"))
+    acceptor = Acceptor(listener)
+    try:
+        with socket.create_connection((listener.address.host, listener.address.port)) as mute:
+            with connect(listener.address, tls("source")) as source:
+                source.send(Hello(bytes(16), bytes(32), 1, 1, 0, "", b"x"))
+                found = acceptor.hello(5)
+                assert found is not None
+                found[0].close()
+            begin = time.monotonic()
+            acceptor.close()
+            assert time.monotonic() - begin < 5
+            assert mute.recv(1) == b""
+    finally:
+        acceptor.close()

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import errno
 import threading
-import time
+from contextlib import ExitStack, suppress
 
-from pyvmm.errors import MigrationError, PyvmmError
+from pyvmm.errors import MemoryAccessError, MigrationError, PyvmmError
 from pyvmm.layout import PAGE_SIZE
 from pyvmm.migration.pages import PageChannel
 from pyvmm.migration.peer import PeerHome
@@ -34,47 +34,77 @@ class Arriving:
         self._home = PeerHome(memory, large, unit, away=away)
         self._pages: list[PageChannel] = []
         self._urgent: PageChannel | None = None
+        self._old: list[PageChannel] = []
+        """Of a connection that broke: threads may still be about to leave them."""
         self._threads: list[threading.Thread] = []
+        self._asking: threading.Thread | None = None
         self._failure: PyvmmError | None = None
         self._source: tuple[int, int] = (0, 0)
         self._wire = 0
 
     def join(self, pages: list[PageChannel], urgent: PageChannel, source: tuple[int, int]) -> None:
-        """The connections. source: where the pages can be read (local): pid and address."""
+        """The connections, which it closes. source: where the pages can be read (local): pid and address."""
+        self._old += self._channels
         self._pages, self._urgent, self._source = pages, urgent, source
+        self._wire -= sum(int(channel.stream.wire_bytes) for channel in self._channels)  # of rounds
         for channel in (*pages, urgent):
             channel.stream.pull_pid, channel.stream.pull_ram = source
 
-    def rejoin(self, acceptor: Acceptor) -> None:
+    @property
+    def _channels(self) -> list[PageChannel]:
+        return [*self._pages, *([self._urgent] if self._urgent is not None else ())]
+
+    def rejoin(self, acceptor: Acceptor, control: Control) -> None:
         """After a break: those that the source opens anew. Raises PeerGone."""
+        with ExitStack() as made:
 
-        def channel(kind: str, index: int) -> PageChannel:
-            return PageChannel(acceptor.joined(kind, index), self._memory.base, self._memory.size // PAGE_SIZE)
+            def channel(kind: str, index: int) -> PageChannel:
+                connection = made.enter_context(acceptor.joined(kind, index, check=control.check))
+                return PageChannel(connection, self._memory.base, self._memory.size // PAGE_SIZE)
 
-        pages = [channel("pages", index) for index in range(len(self._pages))]
-        self.join(pages, channel("urgent", 0), self._source)
+            pages = [channel("pages", index) for index in range(len(self._pages))]
+            self.join(pages, channel("urgent", 0), self._source)
+            made.pop_all()
 
     def start(self) -> None:
         """Touches are answered, and the rest comes, in threads."""
-        self._failure = None
         assert self._urgent is not None
         self._home.connect(self._urgent)
+        self._leave()
+        self._failure = None
         for channel in self._pages:
             thread = threading.Thread(target=self._receive, args=(channel,), name="migration pages", daemon=True)
             self._threads.append(thread)
             thread.start()
 
     def stop(self) -> None:
-        """What is connected is of no use any more: touches wait."""
+        """What is connected is of no use any more: touches wait. Threads are not waited for: one that is about to
+        install pages may wait for a block that somebody holds who waits for the next connection."""
         self._home.break_off()
         for channel in self._pages:
             channel.end()
+
+    def _leave(self) -> None:
+        """Threads and connections from before; there is a new connection, or there will be none."""
         for thread in self._threads:
             thread.join()
         self._threads.clear()
-        for channel in (*self._pages, *([self._urgent] if self._urgent is not None else ())):
+        for channel in self._old:
             self._wire += int(channel.stream.wire_bytes)
-            channel.stream.wire_bytes = 0
+            channel.close()
+        self._old.clear()
+
+    def close(self) -> None:
+        """Ends it; twice is once. What is not here by now never comes."""
+        with suppress(MemoryAccessError):  # the VM is closed, and the home was ended with it
+            self.stop()
+            if self._home.left:
+                self._home.end(errno.ECANCELED, "the migration has ended")
+        if self._asking is not None:
+            self._asking.join()
+        self._old += self._channels
+        self._pages, self._urgent = [], None
+        self._leave()
 
     def wait(self, control: Control) -> None:
         """Until all pages are here. Raises what has gone wrong."""
@@ -83,11 +113,12 @@ class Arriving:
                 thread.join(_TICK)
             self._check(control)
         self._check(control)
-        self._home.fetch_rest()  # what was answered to a touch and did not get in
-        while self._home.left:
+        while self._home.left:  # what was answered to a touch and did not get in
+            if self._asking is None or not self._asking.is_alive():
+                self._asking = threading.Thread(target=self._home.fetch_rest, name="migration rest", daemon=True)
+                self._asking.start()
+            self._asking.join(_TICK)
             self._check(control)
-            time.sleep(_TICK)
-            self._home.fetch_rest()
         self._home.settle()
 
     def _check(self, control: Control) -> None:
@@ -116,4 +147,4 @@ class Arriving:
         """What was asked for, and came."""
         counts = self._home.counts()
         report.faults, report.fault_seconds = counts.requests, counts.ns / 1e9
-        report.wire_bytes += self._wire
+        report.wire_bytes += self._wire + sum(int(channel.stream.wire_bytes) for channel in self._channels)

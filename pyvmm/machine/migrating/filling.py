@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from pyvmm.errors import ProtocolError, StateError
 from pyvmm.layout import BLOCK_SIZE, PAGE_SIZE
+from pyvmm.machine.migrating.populating import Ahead
 from pyvmm.memory.pageset import PageSet
 from pyvmm.migration.frames import Away, Large, Prepare, Round, RoundDone, Source, States
 from pyvmm.migration.local import accept
@@ -21,13 +22,15 @@ if TYPE_CHECKING:
     from pyvmm.migration.accepting import Acceptor
     from pyvmm.migration.control import Control
     from pyvmm.migration.events import Report
+    from pyvmm.migration.frames import Frame
     from pyvmm.migration.opening import Terms
     from pyvmm.state import State
 
 
 class Filling:
     """From WELCOME to PREPARE. large: the bitmap of the source's large blocks, None: it said nothing; away: pages that
-    come after the switch, None: all, or none; state: of the VM; source: pid and address where pages can be read."""
+    come after the switch, None: all, or none; seen: those that came, hot: of them, those that the guest wrote to
+    meanwhile; state: of the VM; source: pid and address where pages can be read."""
 
     def __init__(self, vm: VM, control: Control, terms: Terms) -> None:
         self._vm = vm
@@ -39,6 +42,8 @@ class Filling:
         self.large: bytes | None = None
         self.away: PageSet | None = None
         self.source = (0, 0)
+        self.seen = PageSet(self._total)
+        self.hot = PageSet(self._total)
         self.state: State
 
     def join(self, acceptor: Acceptor, stack: ExitStack) -> None:
@@ -49,7 +54,7 @@ class Filling:
             self.urgent = self._channel(acceptor, "urgent", 0, stack)
 
     def _channel(self, acceptor: Acceptor, kind: str, index: int, stack: ExitStack) -> PageChannel:
-        connection = acceptor.joined(kind, index)
+        connection = acceptor.joined(kind, index, check=self._control.check)
         stack.callback(connection.close)
         return PageChannel(connection, self._vm.memory.base, self._total)
 
@@ -72,17 +77,33 @@ class Filling:
             frame = control.next()
         if len(large) * 8 >= -(-self._vm.memory.size // BLOCK_SIZE):
             self.large = bytes(large)
-        arrivals = Arrivals(self._total, self.large)
-        seen = PageSet(self._total)
-        while type(frame) is Round:
-            control.send(RoundDone(frame.round, receiver.round(arrivals, frame.round, frame.pages)))
-            seen.add_bits(arrivals.came)
-            frame = control.next()
+        frame = self._rounds(frame, receiver, report)
         prepare = self._states(frame)
         report.wire_bytes, report.page_bytes = receiver.wire_bytes, receiver.page_bytes
         report.zero_pages = receiver.zero_pages
         control.on_end = lambda: None
-        return self._check(prepare, seen)
+        return self._check(prepare, self.seen)
+
+    def _rounds(self, frame: Frame, receiver: Receiver, report: Report) -> Frame:
+        """All of them. Returns the frame that follows."""
+        if type(frame) is not Round:
+            return frame
+        memory, ahead = self._vm.memory, None
+        if self.large is not None and memory.backing != "4k" and not memory.hugetlb:
+            ahead = Ahead(memory, self.large)
+        arrivals = Arrivals(self._total, self.large)
+        try:
+            while type(frame) is Round:
+                self._control.send(RoundDone(frame.round, receiver.round(arrivals, frame.round, frame.pages)))
+                self.seen.add_bits(arrivals.came)
+                if frame.round > 1:
+                    self.hot.add_bits(arrivals.came)
+                frame = self._control.next()
+        finally:
+            if ahead is not None:
+                ahead.end()
+                report.populate_seconds += ahead.seconds
+        return frame
 
     def _states(self, frame: object) -> Prepare:
         states, away, told = bytearray(), PageSet(self._total), 0

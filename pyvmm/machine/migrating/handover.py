@@ -70,6 +70,7 @@ class Handover:
         self._paused = self._taken = False
         self._rest: Rest | None = None
         self._at = 0.0
+        self._gone: Callable[[], None] = lambda: None
 
     # ---- up to the commit point ----
 
@@ -144,25 +145,30 @@ class Handover:
 
     # ---- behind it ----
 
-    def complete(self) -> None:
-        """Until the destination has all. Raises PeerDied, or Cancelled: if `gave_back`, the guest runs on here."""
-        begin = True
+    def complete(self, gone: Callable[[], None]) -> None:
+        """Until the destination has all. gone: called once the guest runs there: what takes time and is no part of the
+        downtime. Raises PeerDied, or Cancelled: if `gave_back`, the guest runs on here."""
+        self._gone = gone
+        begin, broken = True, None
         while True:
             try:
-                if begin and not self._taken:
+                if broken is not None:
+                    begin = self._again(broken)
+                if begin:
                     self._link.control.send(Commit())
                 self._serve()
                 break
-            except Cancelled:
-                self._back("none")
+            except Cancelled as cancelled:
+                self._back("none", cancelled)
                 raise
-            except Abandoned:
+            except (Abandoned, PeerDied):
                 raise
-            except MigrationError as error:
-                begin = self._again(error)
-        with suppress(MigrationError):  # it has all, and may have gone since
-            self._link.control.send(Done())
+            except MigrationError as error:  # also while the connections are made anew: then once more
+                broken = error
         self._decision.release()
+        with suppress(MigrationError):  # it would be told once more, and the guest needs nothing from here
+            self._link.control.send(Done())
+            self._link.control.linger()
 
     @property
     def gave_back(self) -> bool:
@@ -193,9 +199,11 @@ class Handover:
                 self._left()
                 if self._rest is not None:
                     self._rest.start()
+                self._gone()
             elif isinstance(frame, Have):
                 self._have(frame)
             elif isinstance(frame, Complete):
+                self._report.large_after = frame.large
                 if self._rest is not None:
                     self._rest.stop()
                     self._rest.fill_in(self._report)
@@ -226,11 +234,10 @@ class Handover:
             self._tell(Broken(self._now(), reason=str(error)))
             theirs = self._link.again(self._stop)
         except PeerDied as died:
-            self._back(died.decision)
+            self._back(died.decision, died)
             raise
         self._report.breaks = self._link.breaks
         if theirs == "none":
-            self._back("none")
             raise Cancelled("the destination did not take the guest")
         self._link.control.order.resumed("running" if theirs == "taken" else "ready")
         self._link.control.start()
@@ -239,9 +246,11 @@ class Handover:
             self._left()
         return theirs == "ready"
 
-    def _back(self, theirs: str) -> None:
-        """The destination will never run it: the guest runs on here, if it never has."""
+    def _back(self, theirs: str, why: MigrationError) -> None:
+        """The destination will never run it: the guest runs on here, if it never has. Else it was killed there, and
+        whoever waits for it here hears that."""
         if self._taken or theirs == "taken":
+            self._vm.life.end(why)
             self._decision.release()
             return
         self._decision.set("held", theirs)

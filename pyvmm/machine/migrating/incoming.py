@@ -10,7 +10,8 @@ from contextlib import suppress
 from pyvmm.errors import BadInput, MigrationError, PyvmmError, StateError
 from pyvmm.machine.migrating.arriving import Arriving
 from pyvmm.machine.migrating.filling import Filling
-from pyvmm.machine.migrating.session import Session
+from pyvmm.machine.migrating.populating import ask_host, second_level
+from pyvmm.machine.migrating.session import Session, as_ours
 from pyvmm.machine.migrating.taking import Taking, places
 from pyvmm.machine.shape import build
 from pyvmm.memory.source import UNITS
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
         """Of VM.receive(); what they mean is said at Incoming."""
 
         output: Callable[[bytes], None] | None
+        built: Callable[[VM], None] | None
         prepare: Callable[[VM], None] | None
         unit: str
         tls: Tls | None
@@ -52,11 +54,12 @@ _WAIT = 0.5
 class Incoming(Session):
     """A guest that moves here, and the VM that it gets.
 
-    output: as of VM(); prepare: called with the VM before its first instruction, on the session's thread; unit: how
-    much a touch brings after the switch (pyvmm.memory.source.UNITS); tls; capture: a file in which what comes is
-    recorded. Raises BadInput, HostError.
+    output: as of VM(); built: called with the VM as soon as there is one, before anything comes; prepare: called when
+    all is there that is to be there before its first instruction, while the guest runs nowhere; both on the session's
+    thread, and an exception ends the migration; unit: how much a touch brings after the switch
+    (pyvmm.memory.source.UNITS); tls; capture: a file in which what comes is recorded. Raises BadInput, HostError.
 
-    It listens until a guest has moved here, or close(): who is refused, or fails, may come again. The VM is the
+    It listens until a migration has begun; who is refused before that is in nobody's way (`troubles`). The VM is the
     caller's from vm() on; else close() ends it.
     """
 
@@ -66,6 +69,7 @@ class Incoming(Session):
         listen: str,
         *,
         output: Callable[[bytes], None] | None = None,
+        built: Callable[[VM], None] | None = None,
         prepare: Callable[[VM], None] | None = None,
         unit: str = "adaptive",
         tls: Tls | None = None,
@@ -76,6 +80,7 @@ class Incoming(Session):
             raise BadInput(f"unit={unit!r}: choose one of {', '.join(UNITS)}")
         self._kind = kind
         self._output = output
+        self._built = built
         self._prepare = prepare
         self._unit = unit
         self._tls = tls
@@ -109,6 +114,11 @@ class Incoming(Session):
         self._handed = True
         return self._vm
 
+    @property
+    def troubles(self) -> list[str]:
+        """Who came to nothing lately, in one line each."""
+        return self._acceptor.troubles
+
     def cancel(self, reason: str = "it was cancelled") -> None:
         """No guest is wanted here any more, unless it runs here by now."""
         if self._runs_here():
@@ -135,7 +145,8 @@ class Incoming(Session):
         self.close()
 
     def _runs_here(self) -> bool:
-        return self._decision is not None and self._decision.value == "taken"
+        lost = self._taking is not None and self._taking.lost
+        return self._decision is not None and self._decision.value == "taken" and not lost
 
     # ---- its course ----
 
@@ -147,8 +158,8 @@ class Incoming(Session):
                     if found is not None:
                         self._turn_away(found[0])
                     raise Cancelled(self._reason)
-                if found is not None:
-                    return self._one(*found)
+                if found is not None and (begun := self._begin(*found)) is not None:
+                    return self._one(*begun)
         finally:
             self._running.set()
 
@@ -157,18 +168,26 @@ class Incoming(Session):
         with connection, suppress(MigrationError):
             connection.send(Refuse(line(self._reason)), 1.0)
 
-    def _one(self, connection: Connection, hello: Hello) -> Report:
-        """One migration."""
+    def _begin(self, connection: Connection, hello: Hello) -> tuple[VM, Control, Hello] | None:
+        """A VM of the shape that HELLO tells; None where this host has none such, and the source has been told so."""
         order = Order(DESTINATION)
         order.came(hello)
         control = Control(connection, order)
-        self._stack.callback(control.close)
         control.start()
         try:
             vm = self._vm = build(self._kind, decode_shape(hello.shape), self._output)
-        except PyvmmError as error:
+        except Exception as met:
+            error = as_ours(met)
             control.refuse(str(error))
-            raise
+            control.close()
+            self._acceptor.refused(str(error))
+            return None
+        ask_host()
+        self._stack.callback(control.close)
+        return vm, control, hello
+
+    def _one(self, vm: VM, control: Control, hello: Hello) -> Report:
+        """One migration, from WELCOME on."""
         mode = next(name for name, number in MODES.items() if number == hello.mode)
         transport = "tls" if self._tls else self.address.partition(":")[0]
         report = Report("destination", mode, transport, hello.channels, vm.memory.size)
@@ -181,17 +200,23 @@ class Incoming(Session):
         )
         self._stack.callback(taking.close)
         try:
+            if mode != "precopy":
+                vm.memory.engine.equip()  # what takes time before it is part of the downtime
+            if self._built is not None:
+                self._built(vm)
             self._acceptor.expect(terms, places(terms, pages=True))
             control.send(Welcome(features, terms.channels, terms.resume))
             self._fill(vm, taking, terms, report)
-        except PyvmmError as met:
-            why = taking.control.why(met)
+        except Exception as met:  # whatever it is, the source must hear that the guest is its own
+            why = taking.control.why(as_ours(met))
+            if decision.value == "taken":  # it could not be started; nobody else may: our witness will say so
+                taking.lost = True
+                raise why from met
             self._not_ours(vm, taking, decision, why)
             raise why from met
         taking.finish()
         if taking.arriving is not None:
             taking.arriving.fill_in(report)
-        report.large_after = vm.memory.large_blocks()
         self._finished(report)
         taking.farewell()
         decision.close()
@@ -216,6 +241,8 @@ class Incoming(Session):
             vm.restore_state(filling.state)
         except StateError as error:
             raise MigrationError(f"the states do not go in here: {error}") from None
+        report.populate_inside = second_level(vm, filling.hot, filling.seen)
+        report.populate_seconds += report.populate_inside
         if self._prepare is not None:
             self._prepare(vm)
         taking.take(away or 0)

@@ -6,11 +6,11 @@ from __future__ import annotations
 
 import threading
 
-from pyvmm.errors import BadInput, LifecycleError, MigrationError, PyvmmError
+from pyvmm.errors import BadInput, LifecycleError, MigrationError
 from pyvmm.layout import parse_size
 from pyvmm.machine.migrating.handover import Handover
 from pyvmm.machine.migrating.precopy import Precopy
-from pyvmm.machine.migrating.session import Session
+from pyvmm.machine.migrating.session import Session, as_ours
 from pyvmm.migration.address import parse_address
 from pyvmm.migration.control import Cancelled
 from pyvmm.migration.convergence import POSTCOPY
@@ -139,14 +139,15 @@ class Outgoing(Session):
             try:
                 switch = self._before(link, precopy, report)
                 handover.switch(precopy, switch == POSTCOPY)
-            except PyvmmError as met:
-                why = link.control.why(met)
+            except Exception as met:  # whatever it is, the guest must run on
+                why = link.control.why(as_ours(met))
                 precopy.close()
                 heard = handover.undo(str(why))
                 if not heard:  # a destination that is ready for the guest must hear that it does not come
                     self._failed(why)
                     handover.say_held()
                 raise why from met
+            handover.complete(precopy.close)
         except BaseException:
             if self._handover is None:
                 decision.close()
@@ -154,7 +155,6 @@ class Outgoing(Session):
         finally:
             if precopy is not None:
                 precopy.close()
-        handover.complete()
         precopy.fill_in(report)
         decision.close()
         return report

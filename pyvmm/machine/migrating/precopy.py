@@ -50,9 +50,10 @@ class Precopy:
         self._now = now
         self._pages = vm.memory.size // PAGE_SIZE
         downtime, may_throttle, rounds = limits
-        self._policy = Convergence(downtime, may_throttle, mode == "hybrid", rounds)
+        self._tracker = tracker or self._suiting()
+        fine = tracker is None and self._tracker == "coarse" and not vm.has_rings
+        self._policy = Convergence(downtime, may_throttle, mode == "hybrid", rounds, fine)
         self._throttle = Throttle(vm.life)
-        self._tracker = tracker
         self._trace: Trace | None = None
         self.round = 0
         """The last one that was begun."""
@@ -87,7 +88,7 @@ class Precopy:
     def rounds(self, control: Control, report: Report) -> str:
         """All of them but the last, while the guest runs. Returns how it is to go on: SWITCH or POSTCOPY. Raises
         MigrationError where that is not to be expected any more, or the guest ends."""
-        self._trace = self._vm.trace(self._tracker or self._suiting())
+        self._trace = self._vm.trace(self._tracker)
         self._trace.start()
         held = self._held()
         zeros: PageSet | None = held.complement()
@@ -170,7 +171,7 @@ class Precopy:
             return "coarse"
         if vm.has_rings:
             return "ring"
-        return "manual" if all(host.has(feature) for feature in ("manual_protect", "initially_set")) else "bitmap"
+        return _fine_tracker()
 
     def _held(self) -> PageSet:
         memory = self._vm.memory
@@ -180,12 +181,25 @@ class Precopy:
         """What the next round sends: of all that is left, not what was written in both rounds before, if that is to
         come last."""
         self._throttle.set(decision.throttle)
+        if decision.fine and self._tracker == "coarse":
+            self._trace_small_pages()
         wanted = PageSet(self._pages, self._left.runs())
         if decision.defer and before is not None:
             once = PageSet(self._pages, dirty).remove(PageSet(self._pages, before))
             hot = PageSet(self._pages, dirty).remove(once)
-            wanted.remove(hot)
+            cold = PageSet(self._pages, wanted.runs()).remove(hot)
+            return cold if cold.count() else wanted
         return wanted
+
+    def _trace_small_pages(self) -> None:
+        """By KVM's log in place of the coarse trace, which reports 2 MiB for each page written."""
+        before, self._tracker = self._trace, _fine_tracker()
+        self._trace = self._vm.trace(self._tracker)
+        try:
+            self._trace.start(before)
+        except BaseException:
+            self._trace = before
+            raise
 
     def _send(self, control: Control, pages: PageSet, zeros: PageSet | None) -> None:
         self._begin(control, pages, zeros)
@@ -233,3 +247,7 @@ class Precopy:
         self._tell(ended)
         if decision.help:
             self._tell(Helped(self._now(), help=decision.help, share=decision.throttle))
+
+
+def _fine_tracker() -> str:
+    return "manual" if all(host.has(feature) for feature in ("manual_protect", "initially_set")) else "bitmap"

@@ -27,13 +27,13 @@ class Rest:
         """away: pages that come after the switch; None: all. pace: of what nobody has asked for."""
         self._memory = memory
         self._link = link
+        self._pace = pace
         self._have = away.complement() if away is not None else None
         self._told = PageSet(memory.size // PAGE_SIZE)
         self._served = Served(memory, self._have)
         self._threads: list[threading.Thread] = []
         self._channels: list[PageChannel] = []
         self._stopping = threading.Event()
-        self._pace = pace
         self._wire = 0
 
     @property

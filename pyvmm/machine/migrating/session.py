@@ -112,8 +112,15 @@ class Session:
         except PyvmmError as error:
             self._failed(error)
         except BaseException as error:
-            failure = MigrationError(f"the migration failed: {type(error).__name__}: {error}")
-            failure.__cause__ = error
-            self._failed(failure)
+            self._failed(as_ours(error))
         else:
             self._finished(report)
+
+
+def as_ours(error: BaseException) -> PyvmmError:
+    """It as an error to be told in one line, also where it is a fault of ours or of the host's."""
+    if isinstance(error, PyvmmError):
+        return error
+    failure = MigrationError(f"the migration failed: {type(error).__name__}: {error}")
+    failure.__cause__ = error
+    return failure

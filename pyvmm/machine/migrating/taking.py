@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 _WITNESS = 1.0
 _LOOK = 0.1
 _NAMES = {number: name for name, number in DECISIONS.items()}
+_THEIRS = {"ready": ("held", "given"), "taken": ("given",)}
+"""What a source that connects anew may have decided."""
 _BARRED = "pages of this guest were lost with the source of its migration"
 
 
@@ -44,6 +46,10 @@ class SourceDied(PeerGone):
     def __init__(self, decision: str) -> None:
         self.decision = decision
         super().__init__(f"the source was killed (it had decided: {decision})")
+
+
+class Lost(MigrationError):
+    """The guest ran here, and cannot go on: pages of it were with a source that is gone."""
 
 
 class Taking:
@@ -76,6 +82,8 @@ class Taking:
         self._watch: Watch | None = None
         self._epoch = 0
         self._complete = False
+        self.lost = False
+        """Pages of the guest never come."""
         self.arriving: Arriving | None = None
         """In post-copy: what brings the pages that are with the source."""
 
@@ -85,13 +93,14 @@ class Taking:
         """Takes the witnesses' connections, as soon as the source has opened them."""
         if self._watch is not None:
             self._watch.close()
-        self._watch = Watch(self._acceptor.joined("source-witness", 0), SOURCE, self._terms.token)
-        self._decision.start_witness(self._acceptor.joined("destination-witness", 0), self._terms.token)
+        check = self.control.check
+        self._watch = Watch(self._acceptor.joined("source-witness", 0, check=check), SOURCE, self._terms.token)
+        self._decision.start_witness(self._acceptor.joined("destination-witness", 0, check=check), self._terms.token)
 
     def close(self) -> None:
         """Ends all connections; twice is once."""
         if self.arriving is not None:
-            self.arriving.stop()
+            self.arriving.close()
         self.control.close()
         if self._watch is not None:
             self._watch.close()
@@ -122,7 +131,7 @@ class Taking:
                 if self._to_decide(error, away):
                     break
         self._decision.set("taken")
-        if self.arriving is not None and first:
+        if self.arriving is not None:
             self.arriving.start()
         self._vm.start()
         self._running.set()
@@ -148,37 +157,48 @@ class Taking:
     # ---- taken ----
 
     def finish(self) -> None:
-        """Until all pages are here, and the source knows. Raises MigrationError where pages are lost."""
+        """Until all pages are here, and the source knows. Raises Lost."""
+        broken: MigrationError | None = None
         while True:
             try:
+                if broken is not None and self._is_over(broken):
+                    return
                 if self.arriving is not None and not self._complete:
                     self.arriving.wait(self.control)
+                if not self._complete:
+                    self._report.large_after = self._vm.memory.large_blocks()
                 self._complete = True
-                self.control.send(Complete())
+                self.control.send(Complete(self._report.large_after))
                 return
-            except Abandoned:
+            except Lost:
                 raise
-            except MigrationError as error:
-                if self._goes_on(error):
-                    return
+            except Abandoned as error:
+                if not self._complete:
+                    raise self._lose(error) from error
+                return
+            except MigrationError as error:  # also while the connections are made anew: then once more
+                broken = error
 
     def farewell(self) -> None:
         """Until the source has heard that it is over, or is dead; the guest runs here whatever comes."""
+        broken: MigrationError | None = None
         while not self._closing.is_set():
             try:
+                if broken is not None:
+                    if self._is_over(broken):
+                        return
+                    self.control.send(Complete(self._report.large_after))
                 self.control.expect(Done)
                 self._decision.release()
                 return
+            except Abandoned:
+                return
             except MigrationError as error:
-                with suppress(Abandoned):
-                    if self._goes_on(error):
-                        return
-                    self.control.send(Complete())
+                broken = error
 
-    def _goes_on(self, error: MigrationError) -> bool:
-        """After a break while the guest runs here. True: it is over, the source is dead and nothing is missing."""
-        if self._complete and self._watch is not None and self._watch.gone:
-            return True
+    def _is_over(self, error: MigrationError) -> bool:
+        """After a break while the guest runs here: the source is dead, and nothing is missing. Else it is connected
+        anew. Raises Lost; and MigrationError where that has broken too."""
         try:
             self._check_witness(_WITNESS)
             held = self._hold()
@@ -187,8 +207,7 @@ class Taking:
             if self._complete:
                 self._decision.release()
                 return True
-            self._lose(died)
-            raise MigrationError(f"pages of the guest are lost: {died}") from died
+            raise self._lose(died) from died
         self._send_have()
         if self.arriving is not None and not self._complete:
             self.arriving.start()
@@ -203,18 +222,21 @@ class Taking:
         self._vm.life.ask_to_pause()
         return True
 
-    def _lose(self, died: SourceDied) -> None:
+    def _lose(self, why: MigrationError) -> Lost:
+        self.lost = True
+        lost = Lost(f"pages of the guest are lost: {why}")
         self._vm.life.bar(_BARRED)
-        self._vm.hold(MigrationError(f"the guest is stopped, since pages of it are lost: {died}"))
+        self._vm.hold(lost)
         if self.arriving is not None:
-            self.arriving.lose(str(died))
+            self.arriving.lose(str(lost))  # who waits for one is told the same, as a FetchError
+        return lost
 
     def _send_have(self) -> None:
         """What is here, over all of RAM; and the connections that bring the rest."""
         pages = self._vm.memory.size // PAGE_SIZE
         have = PageSet(pages, [(0, pages)])
-        if self.arriving is not None and not self._complete:
-            have = self.arriving.have()
+        if not self._complete:
+            have = self.arriving.have() if self.arriving is not None else have
             self._tell(Resumed(self._now(), epoch=self._epoch, missing=pages - have.count()))
         bits = have.bytes()
         for first in range(0, pages, MAX_BITS * 8):
@@ -228,7 +250,8 @@ class Taking:
         if self.arriving is not None:
             self.arriving.stop()
         self.control.close()
-        self._tell(Broken(self._now(), reason=str(error)))
+        if not self._complete:  # else the guest misses nothing, and runs
+            self._tell(Broken(self._now(), reason=str(error)))
         while True:
             self._check_witness(0)
             if self._closing.is_set():
@@ -241,29 +264,28 @@ class Taking:
                     return _NAMES[found[1].decision]
 
     def _answer(self, connection: Connection, resume: Resume) -> bool:
-        if resume.epoch <= self._epoch or _NAMES[resume.decision] not in ("held", "given"):
+        ours = self._decision.value
+        if resume.epoch <= self._epoch or _NAMES[resume.decision] not in _THEIRS[ours]:
             with suppress(MigrationError):
                 connection.send(Refuse("a newer connection is there, or this cannot be"), 1.0)
             connection.close()
             return False
         self._epoch = resume.epoch
         self._report.breaks += 1
-        ours = self._decision.value
-        rest = self.arriving is not None and not self._complete
-        self._acceptor.expect(self._terms, places(self._terms, rest))
+        self._acceptor.expect(self._terms, places(self._terms, self.arriving is not None))
         try:
             connection.send(ResumedFrame(self._epoch, DECISIONS[ours]), HANDSHAKE)
         except BaseException:
             connection.close()
             raise
+        self.control.close()
         order = self.control.order
         order.resumed("running" if ours == "taken" else "ready")
         self.control = Control(connection, order)
         self.control.start()
         if _NAMES[resume.decision] == "given":
-            if rest:
-                assert self.arriving is not None
-                self.arriving.rejoin(self._acceptor)
+            if self.arriving is not None:  # the source does not know yet whether all is here
+                self.arriving.rejoin(self._acceptor, self.control)
             self.witness()
         return True
 

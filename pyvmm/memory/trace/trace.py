@@ -115,17 +115,20 @@ class Trace(ABC):
         """Between start() and stop()?"""
         return self._target.active is self
 
-    def start(self) -> None:
+    def start(self, after: Trace | None = None) -> None:
         """Begins to trace: every write after this has returned is reported. Returns when all RAM is traced.
 
-        Raises LifecycleError where a trace of this VM runs already or the VM is closed, KernelError where KVM fails.
+        after: a trace that runs, of another mechanism, which this one takes over from: it ends, and what it has not
+        been asked for is in the first collect() of this one. No write in between is lost, and the vCPUs may run.
+        Raises LifecycleError where another trace of this VM runs or the VM is closed, KernelError where KVM fails:
+        then `after` runs on.
         """
         begin = time.perf_counter()
         target = self._target
         with self._lock:
             with target.lock:
                 target.require_open()
-                if target.active is not None:
+                if target.active is not after:
                     which = "the trace was" if target.active is self else "another trace of this VM is"
                     raise LifecycleError(f"{which} started already: stop() it first")
                 target.active = self
@@ -137,8 +140,22 @@ class Trace(ABC):
                 self._arm()
             except BaseException:
                 self._end()
+                if after is not None:
+                    with target.lock:
+                        target.active, target.memory.on_write = after, after.host_wrote
                 raise
+            if after is not None:
+                after._hand_over(self._pending)
             self.stats.start_seconds += time.perf_counter() - begin
+
+    def _hand_over(self, bits: CData) -> None:
+        """Ends, with what was not collected in `bits`; another trace runs already."""
+        words = words_for(self._pages)
+        with self._lock:
+            self._fetch(self._pending)
+            lib.pv_bits_take(self._pending, self._host, words)
+            lib.pv_bits_or(bits, self._pending, words)
+            self._disarm()
 
     def collect(self) -> Runs:
         """The pages written since start() or the last collect(); a superset.
