@@ -26,7 +26,7 @@ KINDS = {"pages": 1, "urgent": 2, "source-witness": 3, "destination-witness": 4}
 
 CONTROL = [
     f.Ping(7), f.Pong(1 << 63), f.Cancel("enough"), f.Refuse("not you"), f.Commit(), f.Done(), f.Taken(), f.Ready(0),
-    f.Ready(9), f.Complete(), f.Round(1, 5), f.Round(1 << 20, 1), f.RoundDone(1, 1), f.States(9, 0, b"x"),
+    f.Ready(9), f.Complete(0), f.Round(1, 5), f.Round(1 << 20, 1), f.RoundDone(1, 1), f.States(9, 0, b"x"),
     f.Large(0, 8, b"\xff"), f.Large((1 << 19) - 8, 8, b"\xff"), f.Away(0, 8, b"\xff"), f.Have(0, 8, b"\0"),
     f.Prepare(1, 0, 1, 0), f.Prepare(0, 1 << 28, 1 << 26, 0), f.Resume(bytes(16), bytes(32), 1, 3),
     f.Resumed((1 << 32) - 1, 6), f.Died(3, bytes(32)), f.Source(1, 0, 0), f.Joined(1, 0), f.Welcome(0, 8, bytes(32)),
@@ -90,27 +90,35 @@ def sealed(raw, sequence):
 
 
 class Saboteur:
-    """Says what a script has it say, but for message number `at`, which becomes something else. said: what it was."""
+    """Says what a script has it say, but for message number `nth` of a kind, which becomes something else. kind: of
+    frames; None: nothing becomes anything else. how: of HOWS, or "stall". said: what it was; told: what it became,
+    where that is a frame."""
 
     HOWS = ("byte", "field", "header", "cut", "twice", "drop", "instead", "before", "close", "garbage", "late_by_one")
 
-    def __init__(self, at=-1, how="", seed=0):
-        self.at, self.how = at, how
+    def __init__(self, kind=None, nth=0, how="", seed=0):
+        self.kind, self.nth, self.how, self.seed = kind, nth, how, seed
         self.rng = random.Random(seed)
-        self.count = 0
+        self.left = nth
         self.said = None
         self.told = None
         self._late = None
         self._lock = threading.Lock()
+
+    def __repr__(self):
+        name = self.kind.__name__ if self.kind else "nothing"
+        return f"{name} {self.nth} {self.how} seed {self.seed}: {self.said!r:.150}, told {self.told!r:.100}"
 
     @property
     def patience(self):
         return PATIENCE if self.said is None else SOON
 
     def say(self, wire, frame, tail=b""):
-        with self._lock:
-            number, self.count = self.count, self.count + 1
-        if number != self.at:
+        with self._lock:  # urgent and other channels have a thread each
+            fits = self.kind is not None and isinstance(frame, self.kind)
+            self.left -= fits
+            now = fits and self.left == -1
+        if not now:
             wire.put(encode(frame, wire.sent) + tail)
             if self._late is not None and self._late[0] is wire:
                 late, self._late = self._late, None
@@ -122,7 +130,8 @@ class Saboteur:
     def _byte(self, wire, frame, tail):
         raw = bytearray(encode(frame, 0))
         if len(raw) == HEAD_SIZE:
-            return self._header(wire, frame, tail)
+            self._header(wire, frame, tail)
+            return
         at = self.rng.randrange(HEAD_SIZE, len(raw))
         raw[at] ^= self.rng.randrange(1, 256)
         wire.put(sealed(raw, wire.sent) + tail)
@@ -136,7 +145,8 @@ class Saboteur:
             places.append((at, kind.size))
             at += kind.size
         if not places:
-            return self._byte(wire, frame, tail)
+            self._byte(wire, frame, tail)
+            return
         at, size = self.rng.choice(places)
         old = int.from_bytes(raw[at : at + size], "little")
         new = self.rng.choice((0, 1, old - 1, old + 1, old * 2, 1 << (8 * size - 1), (1 << 8 * size) - 1))
@@ -197,8 +207,8 @@ class Peer:
         self.saboteur = saboteur
         self.wires = []
         self.ended = ""
-        self.whole = False
-        """It went on until DONE."""
+        self.welcomed = self.whole = False
+        """A migration began; and went on until DONE."""
 
     def say(self, wire, frame, tail=b""):
         self.saboteur.say(wire, frame, tail)
@@ -254,15 +264,14 @@ class ScriptedSource(Peer):
     def __init__(self, template, path, saboteur, mode="precopy", channels=1, local=False):
         super().__init__(saboteur)
         self.template, self.path, self.mode, self.channels, self.local = template, path, mode, channels, local
-        rng = random.Random(saboteur.at)
+        rng = random.Random(saboteur.seed)
         self.away = [page for page in range(template.pages) if mode == "postcopy" or rng.random() < 0.05]
         self.id, self.token = bytes(range(16)), bytes(range(32))
 
     def connect(self):
-        sock = socket.socket(socket.AF_UNIX)
-        sock.settimeout(PATIENCE)
-        sock.connect(self.path)
+        sock = socket.socket(socket.AF_UNIX)  # blocking: others may connect at the moment
         self.wires.append(Wire(sock))
+        sock.connect(self.path)
         return self.wires[-1]
 
     def _join(self, kind, index=0):
@@ -278,6 +287,7 @@ class ScriptedSource(Peer):
         hello = f.Hello(self.id, self.token, MODES[self.mode], self.channels, features, "", template.shape)
         self.say(control, hello)
         self.expect(control, f.Welcome)
+        self.welcomed = True
         pages = [self._join("pages", index) for index in range(self.channels)]
         urgent = self._join("urgent") if post else None
         self._join("source-witness")
@@ -401,7 +411,7 @@ class ScriptedDestination(Peer):
             self._receive(joins[2, 0], 1)
             for channel in channels:
                 self._receive(channel)
-        self.say(control, f.Complete())
+        self.say(control, f.Complete(5))
         self.expect(control, f.Done)
 
     def _receive(self, channel, limit=1 << 30):
