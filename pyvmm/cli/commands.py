@@ -202,6 +202,7 @@ COMMANDS = (
             choices=("precopy", "postcopy", "hybrid"),
         ),
         Option("--downtime", "the guest may stand for so long (default 20)", float, 20.0, "MS"),
+        Option("--abandon", "the destination is dead for certain, and was not heard of: the guest runs on here", bool),
         Option("--channels", "connections for pages, 1 to 8 (default 1)", int, 1, "N"),
         Option("--bandwidth", "at most so many bytes a second, such as 500M", metavar="SIZE"),
         Option("--no-throttle", "never slow the guest down, however fast it writes", bool),
