@@ -8,6 +8,8 @@
 #include <string.h>
 #include <time.h>
 
+#define SCATTERED 32 /* runs of a block's pages in the file, from which on it is worth to write all of it anew */
+
 /* ---- the queue ---- */
 
 static void set_bit(uint64_t *bits, uint64_t at, bool on)
@@ -106,43 +108,67 @@ static void collect(struct pv_swap *swap)
         }
 }
 
-/* Does the file have this page already, from the last time that it was out? */
-static void compare(struct pv_swap *swap, struct entry *entry)
+/* Of a block that goes out whole: in how many runs of the file do its pages lie, that have a place there? */
+static uint32_t runs_of(const struct pv_swap *swap)
+{
+    uint32_t runs = 0, before = 0;
+    for (uint32_t i = 0; i < swap->used; i++) {
+        uint32_t kept = swap->slot_of[swap->entries[i].page];
+        runs += kept && kept != before + 1;
+        before = kept ? kept : before;
+    }
+    return runs;
+}
+
+static void write_to(struct pv_swap *swap, struct entry *entry, uint64_t slot)
+{
+    entry->what = ENTRY_WRITTEN;
+    entry->slot = (uint32_t)slot;
+    slot_set(swap, slot, entry->page, SLOT_BUSY);
+    memcpy(swap->table[slot].digest, entry->digest, sizeof(entry->digest));
+}
+
+/* Does the file have this page already, from the last time that it was out? `here`: else it goes to the same place. */
+static void compare(struct pv_swap *swap, struct entry *entry, bool here, bool anew)
 {
     uint32_t kept = swap->slot_of[entry->page];
-    if (kept) {
-        const struct slot *slot = &swap->table[kept - 1];
-        if (entry->what != ENTRY_ZERO && !memcmp(slot->digest, entry->digest, sizeof(entry->digest))) {
-            entry->what = ENTRY_SAVED;
-            entry->slot = kept - 1;
-        }
-        slot_set(swap, kept - 1, entry->page, entry->what == ENTRY_SAVED ? SLOT_BUSY : SLOT_FREE);
+    if (!kept)
+        return;
+    if (entry->what == ENTRY_ZERO || anew) {
+        slot_set(swap, kept - 1, entry->page, SLOT_FREE);
+    } else if (!memcmp(swap->table[kept - 1].digest, entry->digest, sizeof(entry->digest))) {
+        entry->what = ENTRY_SAVED;
+        entry->slot = kept - 1;
+        slot_set(swap, kept - 1, entry->page, SLOT_BUSY);
+    } else if (here) {
+        write_to(swap, entry, kept - 1);
+    } else {
+        slot_set(swap, kept - 1, entry->page, SLOT_FREE);
     }
 }
 
-/* Slots for all that is to be written, together where that can be. */
+/* Slots for all that is to be written, together where that can be. Whole blocks stay where they are, so that they come
+ * back by one read; unless that is in many places, since they went out page by page before. */
 static void place(struct pv_swap *swap)
 {
     uint32_t wanted = 0, run = 0;
     uint64_t slot = 0;
     pthread_mutex_lock(&swap->mutex);
+    bool whole = swap->used == PV_BLOCK_PAGES && swap->entries[0].page + PV_BLOCK_PAGES - 1 ==
+                                                     swap->entries[PV_BLOCK_PAGES - 1].page;
+    bool anew = whole && runs_of(swap) > SCATTERED;
     for (uint32_t i = 0; i < swap->used; i++) {
-        compare(swap, &swap->entries[i]);
+        compare(swap, &swap->entries[i], whole, anew);
         wanted += swap->entries[i].what == ENTRY_STAYS;
     }
     for (uint32_t i = 0; i < swap->used && wanted; i++) {
-        struct entry *entry = &swap->entries[i];
-        if (entry->what != ENTRY_STAYS)
+        if (swap->entries[i].what != ENTRY_STAYS)
             continue;
         if (!run && !(run = slots_take(swap, wanted, &slot))) {
             swap->error = -PV_SWAP_FULL;
             break;
         }
-        entry->what = ENTRY_WRITTEN;
-        entry->slot = (uint32_t)slot;
-        slot_set(swap, slot, entry->page, SLOT_BUSY);
-        memcpy(swap->table[slot].digest, entry->digest, sizeof(entry->digest));
-        slot++;
+        write_to(swap, &swap->entries[i], slot++);
         run--;
         wanted--;
     }
