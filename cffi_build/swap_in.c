@@ -91,7 +91,7 @@ static struct stream *stream_of(struct pv_swap *swap, uint64_t page)
 {
     struct stream *oldest = &swap->streams[0];
     for (struct stream *each = swap->streams; each < swap->streams + STREAMS; each++) {
-        uint64_t reach = 1ull << each->order;
+        uint64_t reach = 1ull << (each->order < REACH ? each->order : REACH);
         if (each->used && ((page > each->last && page - each->last <= reach) ||
                            (page < each->first && each->first - page <= reach))) {
             each->order += each->order < MOST_ORDER;

@@ -23,6 +23,7 @@ struct stream {
 #define STREAMS 8
 #define FIRST_ORDER 3 /* 32 KiB */
 #define MOST_ORDER 9  /* a block */
+#define REACH 4       /* 2^4 pages beyond a unit: there a touch goes on */
 
 /* A page on its way out. slot: where it is, or is to be; only of WRITTEN and SAVED. */
 struct entry {
