@@ -149,6 +149,7 @@ int pv_swap_open(struct pv_engine *engine, int fd, uint64_t slots, struct pv_swa
     swap->engine = engine;
     swap->pages = engine->pages;
     swap->fd = fd;
+    swap->order = FIRST_ORDER;
     swap->told.slots = swap->told.free = slots;
     init_locks(swap);
     swap->table = map_table(slots, sizeof(struct slot));

@@ -95,11 +95,13 @@ static struct stream *stream_of(struct pv_swap *swap, uint64_t page)
         if (each->used && ((page > each->last && page - each->last <= reach) ||
                            (page < each->first && each->first - page <= reach))) {
             each->order += each->order < MOST_ORDER;
+            swap->order += swap->order < FIRST_ORDER;
             return each;
         }
         oldest = each->used < oldest->used ? each : oldest;
     }
-    oldest->order = oldest->used ? oldest->order - (oldest->order > 0) : FIRST_ORDER;
+    swap->order -= swap->order > 0;
+    oldest->order = swap->order;
     return oldest;
 }
 

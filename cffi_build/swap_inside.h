@@ -21,7 +21,7 @@ struct stream {
     uint32_t order;       /* 2^order slots */
 };
 #define STREAMS 8
-#define FIRST_ORDER 3 /* 32 KiB */
+#define FIRST_ORDER 4 /* 64 KiB */
 #define MOST_ORDER 9  /* a block */
 #define REACH 4       /* 2^4 pages beyond a unit: there a touch goes on */
 
@@ -44,6 +44,7 @@ struct pv_swap {
     uint32_t *slot_of;        /* 1 + slot of each page of RAM that has one, LIVE or KEPT */
     uint64_t cursor, hand;    /* where to look for free slots, and for those to give up */
     struct stream streams[STREAMS];
+    uint32_t order;           /* of a new one: less with each touch that goes on nowhere */
     uint64_t touches, clock;  /* clock: pages that have gone out */
     struct pv_swap_told told; /* counters of reads: by atomic additions, without the mutex */
     pthread_cond_t work, news;
