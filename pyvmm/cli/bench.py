@@ -27,9 +27,10 @@ BENCHMARKS = {
     "blocks": "lazy restore from storage blocks of each size and codec",
     "save": "a VM saved: speed with each codec, beside write(); the guest's stall",
     "storage": "a snapshot file written and read with each codec: plain write() and read() of the same bytes",
+    "swap": "pages to the swap file and back, beside pwrite() and preadv() of the same bytes",
 }
 # Those that have measure(quick=True): little memory and few rounds.
-QUICK = ("traces", "faults", "idle", "restore", "blocks", "save")
+QUICK = ("traces", "faults", "idle", "restore", "blocks", "save", "swap")
 
 
 def run(args: Arguments) -> int:

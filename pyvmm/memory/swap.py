@@ -63,20 +63,24 @@ class Swap:
     def __init__(self, memory: GuestMemory, path: str | None, size: int) -> None:
         slots = size // PAGE_SIZE
         if not 0 < slots <= lib.PV_SWAP_SLOTS:
-            raise BadInput(f"a swap of {format_size(size)}: give from 4K to {format_size(lib.PV_SWAP_SLOTS * PAGE_SIZE)}")
+            raise BadInput(
+                f"a swap of {format_size(size)}: give from 4K to {format_size(lib.PV_SWAP_SLOTS * PAGE_SIZE)}"
+            )
         self._memory, self._engine = memory, memory.engine
         if self._engine.serves("swap"):
             raise BadInput("this VM has a home 'swap' already: close that first")
         self.path = path or FOLDER
-        self._told = 0  # errors that have been raised
-        self._closed = False
+        self._told = self._last = 0  # errors that have been seen; the errno that was raised last
+        self._closed = self._over = False  # nothing goes out any more; so does nothing come back: the VM's end
         out = ffi.new("struct pv_swap **")
         fd = _open(self.path)
         try:
             os.ftruncate(fd, slots * PAGE_SIZE)
         except OSError as error:
             os.close(fd)
-            raise BadInput(f"a swap file of {format_size(size)} in {self.path}: {os.strerror(error.errno or 0)}") from None
+            raise BadInput(
+                f"a swap file of {format_size(size)} in {self.path}: {os.strerror(error.errno or 0)}"
+            ) from None
         opened = self._engine.call(lambda native: lib.pv_swap_open(native, fd, slots, out))
         check(opened, "pv_swap_open", slots=slots)
         self._swap = out[0]
@@ -105,8 +109,8 @@ class Swap:
         """Has pages go out, runs of (first page, count). Returns how many have left the guest: they are aside, and will be
         written soon. Pages in use stay. Waits while QUEUE blocks wait to be written.
 
-        Raises HostError, once, after something could not be written (the disk or the file is full, or damaged): such
-        pages are aside still, in RAM, and none is lost.
+        Raises HostError, once until retry(), after something could not be written (the disk or the file is full, or
+        damaged): such pages are aside still, in RAM, and none is lost.
         """
         gone = 0
         for page, count in pages:
@@ -127,6 +131,7 @@ class Swap:
     def retry(self) -> None:
         """Has what could not be written tried again."""
         self._require_open()
+        self._last = 0
         self._engine.tell(lambda _: lib.pv_swap_retry(self._swap))
 
     def shrink(self, target: int, victims: Iterable[tuple[int, int]]) -> int:
@@ -157,8 +162,11 @@ class Swap:
     def _tell(self) -> None:
         counts = self.stats()
         told, self._told = self._told, counts.errors
-        if counts.errors == told:
+        if counts.behind == 0:
+            self._last = 0
+        if counts.errors == told or counts.error == self._last:
             return
+        self._last = counts.error
         if counts.error == lib.PV_SWAP_FULL:
             size = format_size(counts.slots * PAGE_SIZE)
             raise HostError(f"the swap file is full, all {size} of it: pages that did not fit stay in memory")
@@ -178,13 +186,13 @@ class Swap:
             raise BadInput("this swap is closed")
 
     def _end(self) -> None:
-        self._closed = True
+        self._closed = self._over = True
         lib.pv_swap_end(self._swap)
 
     def close(self) -> None:
         """Brings all pages back from the file, and gives it up; what was not written yet is aside, and comes when it is
         touched. Raises FetchError, with the file still there; then this may be called again. Twice is once."""
-        if self._closed and not self._engine.serves("swap"):
+        if self._closed and (self._over or not self._engine.serves("swap")):
             return
         self._closed = True
         self._engine.tell(lambda _: lib.pv_swap_end(self._swap))
