@@ -17,10 +17,10 @@ struct pv_swap;
 struct pv_swap_told {
     uint64_t slots, live, kept, free;   /* of the file: live: a page is there; kept: it has come back, unchanged as far as known */
     uint64_t queued, behind;            /* blocks to be written; blocks of which something could not be written */
-    uint64_t out, zeros, saved, late;   /* pages that went out; of these, zeros, which take no slot, and those that were not
-                                           written since their slot had them; pages that came back while they were written */
-    uint64_t in, ahead, refaults;       /* pages that came back; that were read with a touched one; that came back so soon
-                                           that they would have been touched in RAM, had they been the last to go */
+    uint64_t out, zeros, saved, late;   /* pages that went out; of these, zeros, which take no slot, and what its slot
+                                           had still; pages that came back while they were written */
+    uint64_t came, ahead, refaults;     /* pages that came back; that were read with a touched one; that came back
+                                           before as many others had gone out as were in RAM */
     uint64_t writes, bytes_written, reads, bytes_read; /* calls that moved something, and what */
     uint64_t given_up;                  /* slots that were kept, until the file was full */
     uint64_t errors;                    /* times that something could not be written */
@@ -40,7 +40,7 @@ void pv_digest(const struct pv_digest_key *key, const uint8_t *page, uint64_t di
 
 /* ---- swap.c ---- */
 
-/* A swap of so many slots, up to PV_SWAP_SLOTS, in the file `fd`, which is the swap's own from then on, also after an error. */
+/* A swap of so many slots, up to PV_SWAP_SLOTS, in the file `fd`: the swap's own from then on, also after an error. */
 int pv_swap_open(struct pv_engine *engine, int fd, uint64_t slots, struct pv_swap **out) PV_CHECKED;
 /* For pv_engine_home(PV_HOME_SWAP): its struct, of which the engine takes a copy. */
 struct pv_home;

@@ -1,5 +1,5 @@
-/* swap_in.c: how pages come back from the swap file: the functions of the home, each under the lock of its pages' block. So
- * their slots stay LIVE meanwhile, and are read without the mutex. */
+/* swap_in.c: how pages come back from the swap file: the functions of the home, each under the lock of its pages' block.
+ * So their slots stay LIVE meanwhile, and are read without the mutex. */
 #define _GNU_SOURCE
 #include "swap_inside.h"
 
@@ -161,6 +161,6 @@ void swap_forget(void *self, uint64_t page, uint32_t count, const uint64_t *word
         swap->told.refaults += swap->clock - swap->table[slot].when <= resident;
         slot_set(swap, slot, page + i, SLOT_KEPT);
     }
-    swap->told.in += count;
+    swap->told.came += count;
     pthread_mutex_unlock(&swap->mutex);
 }

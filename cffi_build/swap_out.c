@@ -134,13 +134,11 @@ static void compare(struct pv_swap *swap, struct entry *entry, bool here, bool a
     uint32_t kept = swap->slot_of[entry->page];
     if (!kept)
         return;
-    if (entry->what == ENTRY_ZERO || anew) {
-        slot_set(swap, kept - 1, entry->page, SLOT_FREE);
-    } else if (!memcmp(swap->table[kept - 1].digest, entry->digest, sizeof(entry->digest))) {
+    if (entry->what != ENTRY_ZERO && !anew && !memcmp(swap->table[kept - 1].digest, entry->digest, sizeof(entry->digest))) {
         entry->what = ENTRY_SAVED;
         entry->slot = kept - 1;
         slot_set(swap, kept - 1, entry->page, SLOT_BUSY);
-    } else if (here) {
+    } else if (here && entry->what != ENTRY_ZERO && !anew) {
         write_to(swap, entry, kept - 1);
     } else {
         slot_set(swap, kept - 1, entry->page, SLOT_FREE);
@@ -256,7 +254,7 @@ static bool settle_entry(struct pv_swap *swap, const struct entry *entry)
     return true;
 }
 
-/* A block that went out whole comes back whole, whatever it was before; of others, what lies together comes together. */
+/* A block that is to be large, and all of it away, comes back whole; of others, what lies together comes together. */
 static void settle_flags(struct pv_engine *engine, uint64_t block)
 {
     bool whole = to_be_large(engine, block) && block_away(engine, block) == PV_BLOCK_PAGES;

@@ -1,8 +1,8 @@
 # swap.py: how fast pages go out to the swap file and come back. Unit: GB/s of pages.
 """Beside plain pwrite() and preadv() of the same bytes, to and from the page cache, in pieces of 2 MiB on both sides.
 
-Out: from when all pages are asked for until they are written, each time for the first time; and once more, unchanged. In:
-all pages, as large ones, and read into fresh memory.
+Out: until all pages are written, for the first time; and once more, unchanged. In: all pages, as large ones; and read
+into fresh memory.
 """
 
 from __future__ import annotations

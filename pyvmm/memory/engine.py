@@ -266,7 +266,7 @@ class Engine:
         self._leave()
 
     def parts(self, page: int, count: int) -> list[tuple[int, int]]:
-        """A range of pages, (first, count), cut at the ends of blocks. Raises MemoryAccessError where it is not all RAM."""
+        """A range, cut at the ends of blocks: (first page, pages). Raises MemoryAccessError."""
         self._check_range(page, count)
         cuts = [page, *range((page // BLOCK_PAGES + 1) * BLOCK_PAGES, page + count, BLOCK_PAGES), page + count]
         return [(first, end - first) for first, end in pairwise(cuts) if end > first]

@@ -1,5 +1,5 @@
-# swap.py: pages of a guest in a file of our own, beyond what the host's own swap knows. The work is in cffi_build/swap.h
-# and what belongs to it, without the GIL. Units: bytes; pages of 4 KiB, by their place in RAM.
+# swap.py: pages of a guest in a file of our own. The work is in cffi_build/swap.h and what belongs to it, without the
+# GIL. Units: bytes; pages of 4 KiB, numbered by their place in RAM.
 """`Swap`: the home SWAP of one VM. `SwapCounts`: what it has done."""
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _LOOK = 64
 
 
 class SwapCounts(Record):
-    """slots: pages that the file has room for; of these, live: a page is there; kept: for one that has come back, and may go
-    out again unchanged; free. queued, behind: blocks that wait to be written; of which something could not be.
+    """slots: pages that the file has room for; of these, live: a page is there; kept: for one that has come back, and
+    may go out again unchanged; free. queued, behind: blocks to be written; of which something could not be.
 
-    Pages, since the beginning. out: of these, zeros, which take no slot, and saved: not written, since they were unchanged;
-    late: came back before they were written. came: back; ahead: read with one that was touched; refaults: came back before
-    as many others had gone out as were in RAM. writes, reads: calls, and bytes_*; given_up: slots that were kept, until the
-    file was full. errors: times that something could not be written, `error`: the errno of the last.
+    Pages, since the beginning. out: of these, zeros, which take no slot, and saved: not written, since the file had
+    them; late: came back before they were written. came: back; ahead: read with one that was touched; refaults: came
+    back before as many others had gone out as were in RAM. writes, reads: calls, and bytes_*; given_up: slots that
+    were kept, until the file was full. errors: times that something could not be written, `error`: the last errno.
     """
 
     __slots__ = (
@@ -45,15 +45,21 @@ class SwapCounts(Record):
     )  # fmt: skip
 
     def __init__(self, told: CData) -> None:
-        self.came = int(getattr(told, "in"))
-        for name in self.__slots__:
-            if name != "came":
-                setattr(self, name, int(getattr(told, name)))
+        self.slots, self.live = int(told.slots), int(told.live)
+        self.kept, self.free = int(told.kept), int(told.free)
+        self.queued, self.behind = int(told.queued), int(told.behind)
+        self.out, self.zeros = int(told.out), int(told.zeros)
+        self.saved, self.late = int(told.saved), int(told.late)
+        self.came, self.ahead = int(told.came), int(told.ahead)
+        self.refaults, self.given_up = int(told.refaults), int(told.given_up)
+        self.writes, self.bytes_written = int(told.writes), int(told.bytes_written)
+        self.reads, self.bytes_read = int(told.reads), int(told.bytes_read)
+        self.errors, self.error = int(told.errors), int(told.error)
 
 
 class Swap:
-    """Gives pages of `memory` a place in a file of at most `size` bytes, which nobody else has a name for: it is gone with
-    this process, however that ends.
+    """Gives pages of `memory` a place in a file of at most `size` bytes, which has no name: it is gone with this
+    process, however that ends.
 
     path: a folder, or a name where nothing is yet; None: FOLDER. Raises BadInput, HostError.
     All methods may be called from any thread, and raise MemoryAccessError once the memory is closed. A page that cannot
@@ -106,8 +112,8 @@ class Swap:
     # ---- out ----
 
     def out(self, pages: Iterable[tuple[int, int]]) -> int:
-        """Has pages go out, runs of (first page, count). Returns how many have left the guest: they are aside, and will be
-        written soon. Pages in use stay. Waits while QUEUE blocks wait to be written.
+        """Has pages go out, runs of (first page, count). Returns how many have left the guest: they will be written
+        soon. Pages in use stay. Waits while QUEUE blocks wait to be written.
 
         Raises HostError, once until retry(), after something could not be written (the disk or the file is full, or
         damaged): such pages are aside still, in RAM, and none is lost.
@@ -135,8 +141,9 @@ class Swap:
         self._engine.tell(lambda _: lib.pv_swap_retry(self._swap))
 
     def shrink(self, target: int, victims: Iterable[tuple[int, int]]) -> int:
-        """Has victims, runs of (first page, count), go out until at most `target` bytes of RAM are resident, or there are no
-        more of them. Returns how many bytes are. The guest may bring some back meanwhile. Raises HostError as out() does.
+        """Has victims, runs of (first page, count), go out until at most `target` bytes of RAM are resident, or there
+        are no more of them. Returns how many bytes are; the guest may bring some back meanwhile. Raises HostError as
+        out() does.
         """
         resident, gone = self.resident, 0
         for page, count in victims:

@@ -148,7 +148,7 @@ def test_a_file_that_is_damaged_pauses_the_guest(vm, tmp_path):
     right = os.pread(fd, BLOCK * PAGE_SIZE, 0)
     os.pwrite(fd, bytes(byte ^ 0x80 for byte in right), 0)
     machine.resume()
-    with pytest.raises(FetchError, match="home 'swap': the swap file in .*swap-here is damaged") as caught:
+    with pytest.raises(FetchError, match=r"home 'swap': the swap file in .*swap-here is damaged") as caught:
         machine.wait(20)
     assert caught.value.errno == errno.EBADMSG
     with pytest.raises(FetchError):
