@@ -358,6 +358,42 @@ def test_the_window_grows_while_the_guest_goes_on_and_shrinks_when_it_does_not(l
     assert wrong(lib, engine) == ""
 
 
+def test_read_ahead_stays_in_the_block_that_is_locked(lib, swapping):
+    engine, swap = swapping(small=1 << 63)
+    assert put_out(lib, swap, (0, 4), (BLOCK, 4)) == [8]
+    assert lib.guest_read(engine, 0) == 1
+    assert look(lib, swap).live == 4
+    assert lib.guest_read(engine, BLOCK) == 1 + BLOCK % 7
+    assert look(lib, swap).live == 0
+
+
+def test_a_second_touch_of_a_block_that_is_partly_out_brings_no_more_than_its_window(lib, swapping):
+    engine, swap = swapping()
+    put_out(lib, swap, (0, 400))
+    for page in (10, 300, 150):
+        assert lib.guest_read(engine, page) == 1 + page % 7
+    assert look(lib, swap).live >= 400 - 3 * 16
+    assert wrong(lib, engine) == ""
+
+
+def test_a_block_that_has_gone_out_in_pieces_is_put_together(lib, swapping):
+    """It is written anew once; what changes of it later goes to its own place."""
+    engine, swap = swapping()
+    for page in range(0, BLOCK, 2):
+        put_out(lib, swap, (page, 1), (BLOCK + page, 1))
+    put_out(lib, swap, *[(page, 1) for page in range(1, BLOCK, 2)])
+    for changed in (0, 9):
+        assert lib.pv_engine_install(engine, 0, BLOCK) == 0
+        if changed:
+            assert lib.guest_write(engine, 77, 9) == 0
+        written, reads = look(lib, swap).bytes_written, look(lib, swap).reads
+        assert put_out(lib, swap, (0, BLOCK)) == [BLOCK]
+        assert look(lib, swap).bytes_written - written == (4096 if changed else BLOCK * 4096)
+        assert lib.guest_read(engine, 77) == (changed or 1 + 77 % 7)
+        assert look(lib, swap).reads - reads == 1
+    assert wrong(lib, engine) == ""
+
+
 # Which pages are alike.
 
 M64 = (1 << 64) - 1
