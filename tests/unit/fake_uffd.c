@@ -626,7 +626,15 @@ int guest_write(struct pv_engine *engine, uint64_t page, uint64_t value)
 /* What the guest sees; UINT64_MAX: torn; UINT64_MAX - 1: it cannot be brought. */
 uint64_t guest_read(struct pv_engine *engine, uint64_t page)
 {
-    return touch(engine, page, false) ? UINT64_MAX - 1 : value_at(ram_at(engine, page));
+    for (int tries = 0; tries < 3 && !touch(engine, page, false); tries++) {
+        block_lock_plain(engine, page / PV_BLOCK_PAGES); /* another thread's fault may take it out again just now */
+        bool here = !areas[0].modes[page] || there(ram_at(engine, page));
+        uint64_t value = value_at(ram_at(engine, page));
+        block_unlock(engine, page / PV_BLOCK_PAGES);
+        if (here)
+            return value;
+    }
+    return UINT64_MAX - 1;
 }
 
 /* ---- the judgement: where is each page's one copy, and what is in it? ---- */
