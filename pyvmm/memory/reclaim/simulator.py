@@ -230,7 +230,10 @@ class _Run:
         wanted = view.used + pages - view.limit
         if wanted <= 0:
             return
-        victims: Iterator[Victim] = iter(self.policy.victims(wanted))
+        given = self.policy.victims(wanted)
+        if not hasattr(given, "__iter__"):
+            raise BadInput(f"policy {self.outcome.name}: victims({wanted}) gave {given!r}: give a list, or yield")
+        victims: Iterator[Victim] = iter(given)
         while view.used + pages > view.limit:
             victim = next(victims, None)
             if victim is None:
