@@ -280,7 +280,9 @@ FAILING = [
     ("return [-1]", "-1 is no page in memory"),
     ("return ['a']", "'a' is no page in memory"),
     ("return [Block(9)]", "block 9 has no page in memory"),
-    ("return [Share(0)]", "nothing of block 0 can be shared"),
+    ("return [Share(0)]", "victims(1) ended, and 1 pages are missing"),
+    ("while True: yield Share(0)", "Share() of 2 blocks gave no page"),
+    ("return [Share(1)]", "block 1 has no page in memory"),
     ("return 1 // 0", "line 6: ZeroDivisionError: "),
     ("return None", "victims(1) gave None: give a list, or yield"),
 ]

@@ -234,6 +234,7 @@ class _Run:
         if not hasattr(given, "__iter__"):
             raise BadInput(f"policy {self.outcome.name}: victims({wanted}) gave {given!r}: give a list, or yield")
         victims: Iterator[Victim] = iter(given)
+        vain = 0
         while view.used + pages > view.limit:
             victim = next(victims, None)
             if victim is None:
@@ -242,7 +243,9 @@ class _Run:
             if isinstance(victim, Block):
                 self._block(victim.number)
             elif isinstance(victim, Share):
-                self._share(victim.number)
+                vain += not self._share(victim.number)
+                if vain > view.blocks:  # it would go on for ever
+                    raise BadInput(f"policy {self.outcome.name}: Share() of {vain} blocks gave no page")
             else:
                 self._page(victim)
 
@@ -263,14 +266,14 @@ class _Run:
         self.holds[part] = self.holds[part].translate(_STORES)
         self._leave(part, _AWAY)
 
-    def _share(self, block: int) -> None:
+    def _share(self, block: int) -> int:
+        """How many: what was scanned may have been written since, and then there is less or nothing to share."""
         pages = [page for page in self._pages_of(block) if self.marked[page]]
-        if not pages:
-            raise BadInput(f"policy {self.outcome.name}: nothing of block {block} can be shared")
         self._break(block)
         for page in pages:
             self._leave(slice(page, page + 1), _SHARED)
         self.outcome.shared = (self.outcome.shared or 0) + len(pages)
+        return len(pages)
 
     def _pages_of(self, block: int) -> Sequence[int]:
         """Those in memory."""
