@@ -336,3 +336,11 @@ def test_the_policy_of_the_documents_runs(tmp_path):
     path.write_text(text.split("```python\n")[1].split("```")[0])
     trace = trace_of(3, [(0, True), (1, True), (0, True), (2, True), (0, True)])
     assert simulate(trace, find(f"{path}:Fifo"), 2, large=False).refaults == 1
+
+
+def test_a_shared_page_takes_no_memory_of_the_optimum_while_it_is_read():
+    trace = trace_of(2, [(0, True), Duplicates(0, 1), (1, True), (0, False), (1, False), (0, False), (1, False)])
+    assert optimum(trace, 1).refaults == 0
+    trace.touch(0, True)
+    trace.touch(1, False)
+    assert optimum(trace, 1).refaults == 1
