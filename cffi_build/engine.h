@@ -125,6 +125,7 @@ struct pv_home {
      * answers faster when it is asked for all at once. NULL: run by run, by fetch(). */
     int (*scatter)(void *self, uint64_t page, uint32_t count, const uint64_t *words, uint8_t *to);
     void *self;
+    uint32_t paced; /* gather() says by itself how much is to come: a second touch of a block brings no more than that */
 };
 
 /* ---- filehome.c: pages of a snapshot file and of those that it builds on ---- */

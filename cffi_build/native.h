@@ -226,3 +226,7 @@ int pv_resident(int fd, size_t size, uint64_t *pages) PV_CHECKED;
 /* ---- peer.h: pages that stay with the source of a migration until they are needed ---- */
 
 #include "peer.h"
+
+/* ---- swap.h: pages in a file of our own ---- */
+
+#include "swap.h"

@@ -157,6 +157,7 @@ int bring_touched(struct pv_engine *engine, uint64_t page, struct others *others
 {
     uint64_t block = page / PV_BLOCK_PAGES;
     uint32_t flags = (uint32_t)block_word(engine, block);
+    bool paced = engine->homes[gathers(engine, page) ? page_home(engine, page) : PV_HOME_SWAP].paced; /* zeros: as the rest */
     bool large = to_be_large(engine, block), adaptive = engine->unit == PV_UNIT_ADAPTIVE && !engine->record;
     others->unit.count = 0;
     __atomic_store_n(&engine->touched, block, __ATOMIC_RELAXED);
@@ -165,7 +166,7 @@ int bring_touched(struct pv_engine *engine, uint64_t page, struct others *others
     block_flags(engine, block, PV_BLOCK_TOUCHED, 0);
     if (engine->record && pages_of_block(engine, block) - block_away(engine, block) < RECORD_PAGES)
         return bring_small(engine, page, 1);
-    if (engine->record || engine->unit == PV_UNIT_LARGE || (adaptive && large && flags & PV_BLOCK_TOUCHED))
+    if (engine->record || engine->unit == PV_UNIT_LARGE || (adaptive && large && !paced && flags & PV_BLOCK_TOUCHED))
         return bring_around(engine, page);
     if (engine->unit == PV_UNIT_PAGE)
         return bring_small(engine, page, 1);

@@ -54,13 +54,6 @@ static uint64_t limit_of(unsigned cpu)
 }
 
 /* ---- which slot ---- */
-static uint64_t random_next(uint64_t *state) { return mix(*state += GOLDEN); }
-
-static uint64_t random_below(uint64_t *state, uint64_t limit)
-{
-    return (uint64_t)((unsigned __int128)random_next(state) * limit >> 64);
-}
-
 /* Ranks 2^b - 1 .. 2^(b + 1) - 2 are as likely together for each b: the density falls as 1 / rank, in steps. */
 static uint64_t zipf_rank(uint64_t *state)
 {
@@ -182,14 +175,6 @@ static void check(unsigned cpu)
 }
 
 /* ---- options ---- */
-static uint64_t percent(const char *name, uint64_t otherwise)
-{
-    uint64_t value = option_number(name, otherwise);
-    if (value > 100)
-        refuse("more than 100 percent: ", name);
-    return value;
-}
-
 static void parse_pattern(void)
 {
     const char *name = option("pattern", "sequential");
@@ -197,9 +182,9 @@ static void parse_pattern(void)
     for (pattern = SEQUENTIAL; !same_text(name, names[pattern]); pattern++)
         if (pattern == HOTSET)
             refuse("pattern= is not sequential, uniform, zipf or hotset: ", name);
-    hot_slots = (uint64_t)((unsigned __int128)slots * percent("hot", 10) / 100);
+    hot_slots = (uint64_t)((unsigned __int128)slots * option_at_most("hot", 10, 100) / 100);
     hot_slots = hot_slots ? hot_slots : 1;
-    heat = percent("heat", 90);
+    heat = option_at_most("heat", 90, 100);
     scatters = option_number("scatter", 1) != 0;
     scattering = shuffle_of(slots, mix(seed));
 }

@@ -45,6 +45,8 @@ const char *option(const char *name, const char *otherwise);
 bool option_is(const char *name, const char *otherwise, const char *value);
 /* A number: decimal, or 0x...; with K, M or G behind it. Refuses anything else. */
 uint64_t option_number(const char *name, uint64_t otherwise);
+/* The same, at most `most`. */
+uint64_t option_at_most(const char *name, uint64_t otherwise, uint64_t most);
 
 /* ---- memory.c: RAM ---- */
 /* The RAM that a guest works on: from 2 MiB to the end, without the MMIO hole, as one run of pages. */
@@ -119,6 +121,13 @@ static inline uint64_t mix(uint64_t x) /* splitmix64's output function */
     return x ^ (x >> 31);
 }
 #define GOLDEN 0x9e3779b97f4a7c15
+
+/* The next of a sequence of random numbers, of which `state` is where it is. */
+static inline uint64_t random_next(uint64_t *state) { return mix(*state += GOLDEN); }
+static inline uint64_t random_below(uint64_t *state, uint64_t limit)
+{
+    return (uint64_t)((unsigned __int128)random_next(state) * limit >> 64);
+}
 
 /* A bijection of 0..count-1, another one for each key. Cheap, and good enough to scatter. */
 struct shuffle {

@@ -100,6 +100,14 @@ uint64_t option_number(const char *name, uint64_t otherwise)
     return number << shift;
 }
 
+uint64_t option_at_most(const char *name, uint64_t otherwise, uint64_t most)
+{
+    uint64_t value = option_number(name, otherwise);
+    if (value > most)
+        refuse("too large: ", name);
+    return value;
+}
+
 /* ---- RAM, from the same hand-over (memory.c asks) ---- */
 struct memory_map_entry {
     uint64_t gpa, size;

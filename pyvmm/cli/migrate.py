@@ -31,6 +31,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 def run(args: Arguments) -> int:
     """The command: 0 when the guest has moved, 1 when it has not, 128+n after signal n, which cancels."""
+    if args.abandon:
+        return _abandon(args)
     arguments = _arguments(args)
     events: list[dict[str, Any]] = []
     error: ControlError | None = None
@@ -51,6 +53,15 @@ def run(args: Arguments) -> int:
         from pyvmm.cli.output import Output
 
         print_report(Output(), stream.result)
+    return 0
+
+
+def _abandon(args: Arguments) -> int:
+    if args.to is not None:
+        raise BadInput("--abandon ends a migration, and --to begins one: give one of them")
+    with Client(args.path) as client:
+        client.ask("abandon")
+    print("pyvmm: abandoned: the guest runs on", file=sys.stderr)
     return 0
 
 

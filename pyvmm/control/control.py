@@ -9,7 +9,7 @@ from contextlib import suppress
 from pyvmm.control.moving import Moving
 from pyvmm.control.server import Server
 from pyvmm.control.status import status
-from pyvmm.errors import BadInput, PyvmmError
+from pyvmm.errors import BadInput, LifecycleError, PyvmmError
 from pyvmm.migration.events import Finished
 
 TYPE_CHECKING = False
@@ -42,6 +42,7 @@ class Control:
             "status": self._status,
             "migrate": self._migrate,
             "cancel": self._cancel,
+            "abandon": self._abandon,
             "pause": self._pause,
             "resume": self._resume,
             "stop": self._stop,
@@ -102,6 +103,12 @@ class Control:
 
     def _cancel(self, arguments: dict[str, Any], reply: Reply) -> None:
         self.moving.cancel(arguments["reason"])
+        reply.result({})
+
+    def _abandon(self, arguments: dict[str, Any], reply: Reply) -> None:
+        if self._vm.leaving is None:
+            raise LifecycleError("nothing to abandon: no guest was given away")
+        self._vm.leaving.abandon()
         reply.result({})
 
     def _migrate(self, arguments: dict[str, Any], reply: Reply) -> None:

@@ -83,6 +83,7 @@ COMMANDS: dict[str, tuple[Argument, ...]] = {
         Argument("capture", str),
     ),
     "cancel": (Argument("reason", str, ""),),
+    "abandon": (),
     "pause": (),
     "resume": (),
     "stop": (Argument("status", int, 0, most=255),),

@@ -167,7 +167,7 @@ class Engine:
         if what not in _WHAT:
             raise BadInput(f"remove(what={what!r}): choose aside or zero")
         gone = 0
-        for first, part in self._parts(page, count):
+        for first, part in self.parts(page, count):
             result = self.call(lib.pv_engine_remove, first, part, _WHAT[what])
             if result != -errno.EBUSY:
                 gone += check(result, "UFFDIO_MOVE", page=first, pages=part)
@@ -183,7 +183,7 @@ class Engine:
         number = self._home_number(home)
         return sum(
             check(self.call(lib.pv_engine_store, first, part, number), f"store in {home}", page=first, pages=part)
-            for first, part in self._parts(page, count)
+            for first, part in self.parts(page, count)
         )
 
     def assign(self, page: int, count: int, home: str, locator: int = 0) -> None:
@@ -208,6 +208,17 @@ class Engine:
         number = self._home_number(name)
         self._native_homes[number] = home
         self._serve(number, home.struct)
+
+    def serves(self, name: str) -> bool:
+        """Is there anything that serves this home?"""
+        number = self._home_number(name)
+        return number in self._homes or number in self._native_homes
+
+    def drop_home(self, name: str) -> None:
+        """Undoes set_native_home(). No page may be in it."""
+        number = self._home_number(name)
+        self._serve(number, ffi.new("struct pv_home *"))
+        self._native_homes.pop(number, None)
 
     def _serve(self, number: int, struct: CData) -> None:
         self.tell(lib.pv_engine_home, number, struct)
@@ -257,6 +268,12 @@ class Engine:
         native = self._enter()
         self._retried = lib.pv_engine_retry(native)
         self._leave()
+
+    def parts(self, page: int, count: int) -> list[tuple[int, int]]:
+        """A range, cut at the ends of blocks: (first page, pages). Raises MemoryAccessError."""
+        self._check_range(page, count)
+        cuts = [page, *range((page // BLOCK_PAGES + 1) * BLOCK_PAGES, page + count, BLOCK_PAGES), page + count]
+        return [(first, end - first) for first, end in pairwise(cuts) if end > first]
 
     # ---- blocks ----
 
@@ -419,9 +436,3 @@ class Engine:
     def _check_range(self, page: int, count: int) -> None:
         if page < 0 or count < 0 or page + count > self._pages:
             raise MemoryAccessError(f"pages {page} to {page + count - 1} are not all RAM: the VM has {self._pages}")
-
-    def _parts(self, page: int, count: int) -> list[tuple[int, int]]:
-        """A range, cut at the ends of blocks."""
-        self._check_range(page, count)
-        cuts = [page, *range((page // BLOCK_PAGES + 1) * BLOCK_PAGES, page + count, BLOCK_PAGES), page + count]
-        return [(first, end - first) for first, end in pairwise(cuts) if end > first]

@@ -94,6 +94,7 @@ RESULTS = {
         ("random data", "write() and fsync()"),
         ("half zeros data: size of the file", "raw"),
     ],
+    "swap": [("out", "swap, unchanged"), ("in", "preadv")],
 }
 
 

@@ -31,6 +31,17 @@ GUESTS = [
     ("verify", "64M", 4, "passes=3 order=random write=50 zeros=100", 30, 0, "SUCCESS: 47616 pages checked"),
     ("verify", "64G", 2, "passes=2 size=32M seed=7", 20, 0, "SUCCESS: 16384 pages checked"),
     ("verify", "2M", 1, "passes=1", 10, 2, "verify: too little memory"),
+    ("verify", "16M", 1, "write=101", 10, 2, "verify: too large: write"),
+    ("hotcold", "6M", 1, "phases=2 touches=1000", 10, 0, "SUCCESS: 2000 touches, "),
+    ("hotcold", "32M", 3, "phases=3 touches=5000 pages=7 shift=30 stray=20 seed=5", 20, 0, " in 3 phases\n"),
+    ("hotcold", "16M", 2, "phases=2 ms=20 read=100", 20, 0, " touches, 0 writes in 2 phases\n"),
+    ("hotcold", "64G", 1, "size=64M phases=2 touches=2000 hot=0", 20, 0, "hotcold: 31 blocks, 1 hot\n"),
+    ("hotcold", "4M", 1, "", 10, 2, "hotcold: too little memory: 6 MiB are needed"),
+    ("hotcold", "16M", 4, "pages=3", 10, 2, "hotcold: pages= is less than there are CPUs: 3"),
+    ("dup", "16M", 1, "passes=3", 20, 0, "SUCCESS: 10752 pages checked, 3584 written\n"),
+    ("dup", "64M", 4, "passes=3 order=random write=50 zeros=300", 30, 0, "SUCCESS: 47616 pages checked"),
+    ("dup", "64G", 2, "passes=2 size=32M common=1000 dups=0 zeros=0", 20, 0, "SUCCESS: 16384 pages checked"),
+    ("dup", "16M", 1, "dups=900 zeros=101 common=0", 10, 2, "dup: dups=, common= and zeros= are more than 1000"),
     ("touch", "4G", 1, "start=3070M size=4M passes=1", 20, 0, "SUCCESS: 1024 writes"),  # on either side of the hole
     ("touch", "5G", 2, "start=3G size=64M passes=1", 20, 0, "SUCCESS: 16384 writes"),  # all above 4 GiB
     ("touch", "64G", 1, "start=63G size=8M passes=2 stride=64K", 20, 0, "SUCCESS: 256 writes"),

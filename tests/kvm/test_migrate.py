@@ -1,8 +1,10 @@
 # test_migrate.py: a running guest moves from one VM to another: all modes, transports, pages; the guest judges.
 from __future__ import annotations
 
+import os
 import random
 import threading
+from contextlib import suppress
 from itertools import product
 
 import pytest
@@ -12,7 +14,9 @@ from test_round_trips import pairwise
 from pyvmm import VM
 from pyvmm.errors import BadInput, LifecycleError, MigrationError
 from pyvmm.layout import BLOCK_SIZE, PAGE_SIZE, Gpa
-from pyvmm.migration.events import Finished, Helped, RoundEnded, Switched
+from pyvmm.migration.control import Control
+from pyvmm.migration.events import Broken, Finished, Helped, RoundEnded, Switched
+from pyvmm.migration.frames import Commit
 from pyvmm.pytest_plugin import needs
 from pyvmm.testing.verify_model import check_memory, ram_hash
 
@@ -465,3 +469,40 @@ def test_a_finer_trace_takes_over(vm, incoming, listens):
     assert "small pages traced" in [event.help for event in events if isinstance(event, Helped)]
     rounds = out.result().rounds
     assert rounds[-1].dirty < rounds[0].dirty / 4
+
+
+def test_a_guest_that_was_given_away_and_is_not_heard_of_can_be_taken_back(vm, incoming, listens, monkeypatch):
+    """The cut comes with COMMIT, and for ever: nobody runs the guest, until somebody says that the destination is
+    dead."""
+    source = at_work(vm, "verify", cpus=2)
+    into = incoming(listens("unix"))
+    with pytest.raises(LifecycleError, match="nothing to abandon"):
+        source.migrate(into.address, bandwidth="1M").abandon()
+    source.leaving.cancel()
+    with suppress(MigrationError):
+        source.leaving.result(SECONDS)
+    into = incoming(listens("local"))
+    send = Control.send
+
+    def cut(control, frame):
+        if isinstance(frame, Commit):
+            os.unlink(into.address.partition(":")[2])  # nobody can connect there again
+            control.connection.end()
+        send(control, frame)
+
+    monkeypatch.setattr(Control, "send", cut)
+    out = source.migrate(into.address, downtime=0.2)
+    until(lambda: any(isinstance(event, Broken) for event in out._events))
+    assert source.paused
+    with pytest.raises(LifecycleError, match="handed over"):
+        source.resume()
+    out.cancel("too late")
+    assert not out.done
+    until(lambda: out._handover._apart)
+    out.abandon()
+    with pytest.raises(MigrationError, match="by somebody's word"):
+        out.result(SECONDS)
+    gets_on(source)
+    into.close()
+    assert not into._runs_here()
+    into._decision.close()  # else its witness would wait for the end of this process, to say that it never ran here

@@ -16,7 +16,7 @@ from pyvmm.pytest_plugin import needs
 pytestmark = needs("kvm", "uffd_guest", "uffd_wp", "thp")
 
 AT_ONCE = 6
-EACH = 1 if os.environ.get("PYVMM_CUTS") == "all" else 4
+EACH = 1 if os.environ.get("PYVMM_CUTS") == "all" else 6
 """One of so many cases is tried; PYVMM_CUTS=all: all 79."""
 OFFSET = int(os.environ.get("PYVMM_CUTS_SEED", "0"))
 SLOW = 0.03

@@ -24,6 +24,8 @@ GUESTS = [
     ("faults", "kind=pf", "microvm", 1, 0, "#PF"),
     ("touch", "touches=10000", "microvm", 2, 0, "SUCCESS"),
     ("verify", "passes=2", "microvm", 2, 0, "SUCCESS"),
+    ("hotcold", "phases=2 touches=10000", "microvm", 2, 0, "SUCCESS"),
+    ("dup", "passes=2", "microvm", 2, 0, "SUCCESS"),
 ]
 
 

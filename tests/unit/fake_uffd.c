@@ -23,7 +23,7 @@
 /* ---- what may fail ---- */
 
 enum { MOVE, COPY, ZERO, PROTECT, REGISTER, UNREGISTER, SCAN, DROP, COLLAPSE, POPULATE, ADVISE, FETCH, STORE, WRITE,
-       CALLS };
+       PUT, GET, CALLS }; /* PUT, GET: fake_swap.c */
 
 static struct injection {
     uint64_t skip, pages; /* calls that go well before; pages done before it fails */
@@ -397,6 +397,9 @@ static void shelf_forget(void *self, uint64_t page, uint32_t count, const uint64
     }
 }
 
+/* Where a home SWAP of another kind has a page: what is in it. */
+static uint64_t (*elsewhere)(uint64_t word);
+
 void fake_put(uint64_t locator, uint64_t value) { shelf[locator] = value + 1; }
 
 /* ---- a source of all RAM, which keeps pages in units of pages from two blocks; 0: zeros, kept nowhere ---- */
@@ -623,7 +626,15 @@ int guest_write(struct pv_engine *engine, uint64_t page, uint64_t value)
 /* What the guest sees; UINT64_MAX: torn; UINT64_MAX - 1: it cannot be brought. */
 uint64_t guest_read(struct pv_engine *engine, uint64_t page)
 {
-    return touch(engine, page, false) ? UINT64_MAX - 1 : value_at(ram_at(engine, page));
+    for (int tries = 0; tries < 3 && !touch(engine, page, false); tries++) {
+        block_lock_plain(engine, page / PV_BLOCK_PAGES); /* another thread's fault may take it out again just now */
+        bool here = !areas[0].modes[page] || there(ram_at(engine, page));
+        uint64_t value = value_at(ram_at(engine, page));
+        block_unlock(engine, page / PV_BLOCK_PAGES);
+        if (here)
+            return value;
+    }
+    return UINT64_MAX - 1;
 }
 
 /* ---- the judgement: where is each page's one copy, and what is in it? ---- */
@@ -645,7 +656,7 @@ void fake_values(struct pv_engine *engine, uint64_t *values)
             values[page] = in_aside[page] ? value_at(aside_at(engine, page)) : UINT64_MAX - 2;
             break;
         case PV_HOME_SWAP:
-            values[page] = shelf[word >> PV_PAGE_LOCATOR_SHIFT] - 1;
+            values[page] = elsewhere ? elsewhere(word) : shelf[word >> PV_PAGE_LOCATOR_SHIFT] - 1;
             break;
         case PV_HOME_PEER:
             values[page] = stock[word >> PV_PAGE_LOCATOR_SHIFT];
@@ -686,7 +697,7 @@ int fake_check(struct pv_engine *engine, uint64_t users, uint64_t pins, char *te
     }
     for (uint64_t locator = 0; locator < MOST; locator++)
         kept += shelf[locator] != 0;
-    MUST(kept == homes[PV_HOME_SWAP], "the shelf has %lu pages, of %lu", kept, homes[PV_HOME_SWAP]);
+    MUST(elsewhere || kept == homes[PV_HOME_SWAP], "the shelf has %lu pages, of %lu", kept, homes[PV_HOME_SWAP]);
     for (uint32_t own = PV_HOME_ZERO; own < PV_HOMES; own++)
         MUST(homes[own] == engine->home_counts[own], "home %u: %lu pages, counted %lu", own, homes[own],
              (unsigned long)engine->home_counts[own]);

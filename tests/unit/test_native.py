@@ -38,7 +38,8 @@ HEADER, CDEF, STUB = (
     | functions("engine.h")
     | functions("snapshot.h")
     | functions("stream.h")
-    | functions("peer.h"),
+    | functions("peer.h")
+    | functions("swap.h"),
     functions("native.cdef"),
     stub(),
 )

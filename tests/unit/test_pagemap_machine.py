@@ -69,7 +69,7 @@ int fake_drain(struct pv_engine *engine, struct pv_live_progress *told);
 void fake_packed(struct pv_engine *engine, uint64_t *values);
 """
 CALLS = ("move", "copy", "zero", "protect", "register", "unregister", "scan", "drop", "collapse", "populate", "advise",
-         "fetch", "store", "write")  # fmt: skip
+         "fetch", "store", "write", "put", "get")  # fmt: skip
 ERRORS = (errno.EAGAIN, errno.EBUSY, errno.ENOMEM, errno.EINTR, errno.EIO)
 MOVE, POISON = 1, 2
 ZERO, ASIDE, SWAP = 1, 2, 4
@@ -86,10 +86,10 @@ ffi = FFI()
 ffi.cdef(DECLARATIONS)
 
 
-def compile_engine(directory, *flags, others=()):
+def compile_engine(directory, *flags, others=(), replaced=REPLACED, sources=SOURCES, fake="fake_uffd.c"):
     """The shared object of engine and stand-in. others: C files more, with nothing replaced in them."""
-    objects = []
-    replaced = [f"-D{name}=fake_{name}" for name in REPLACED]
+    objects, compilers = [], []
+    defines = [f"-D{name}=fake_{name}" for name in replaced]
     common = [
         "gcc",
         "-std=gnu11",
@@ -102,13 +102,15 @@ def compile_engine(directory, *flags, others=()):
         f"-I{ROOT / 'cffi_build'}",
         *flags,
     ]
-    for name in (*SOURCES, *others):
+    for name in (*sources, *others):
         objects.append(str(directory / f"{name}.o"))
-        with_these = () if name in others else replaced
-        subprocess.run([*common, *with_these, "-c", ROOT / f"cffi_build/{name}.c", "-o", objects[-1]], check=True)
+        with_these = () if name in others else defines
+        command = [*common, *with_these, "-c", ROOT / f"cffi_build/{name}.c", "-o", objects[-1]]
+        compilers.append(subprocess.Popen(command))  # all at once: that is what takes most of the time here
+    assert [compiler.wait() for compiler in compilers] == [0] * len(objects)
     target = directory / "fake.so"
-    fake = Path(__file__).with_name("fake_uffd.c")
-    subprocess.run([*common, "-shared", "-o", target, fake, *objects, "-lpthread"], check=True)
+    stand_in = Path(__file__).with_name(fake)
+    subprocess.run([*common, "-shared", "-o", target, stand_in, *objects, "-lpthread", "-ldl"], check=True)
     return target
 
 
@@ -177,7 +179,7 @@ class Engine(RuleBasedStateMachine):
         return min(count, BLOCK - page % BLOCK, PAGES - page)
 
     @rule(
-        call=st.sampled_from(range(len(CALLS))),
+        call=st.sampled_from(range(len(CALLS) - 2)),
         skip=st.integers(0, 6),
         part=st.sampled_from([0, 0, 1, 3, 200]),
         error=st.sampled_from(ERRORS),

@@ -9,7 +9,8 @@ from pyvmm.errors import BadInput, StateError
 from pyvmm.layout import HOLE_END, Gpa, ram_regions
 from pyvmm.machine import Progress
 from pyvmm.memory import GuestMemory
-from pyvmm.testing.verify_model import _mix_one, _shuffled, check_memory, expected_page, ram_hash, version
+from pyvmm.testing.stamps import mix_one, shuffled
+from pyvmm.testing.verify_model import check_memory, expected_page, ram_hash, version
 
 MASK = (1 << 64) - 1
 REGION = 2 << 20
@@ -47,8 +48,8 @@ def test_zero_contents_are_the_guests():
 
 
 def test_shuffles_are_the_guests():
-    key = _mix_one((_mix_one(1) ^ MASK) + 3 & MASK)
-    assert [list(_shuffled(count, key)) for count in (1, 2, 7, 12)] == [
+    key = mix_one((mix_one(1) ^ MASK) + 3 & MASK)
+    assert [list(shuffled(count, key)) for count in (1, 2, 7, 12)] == [
         [0],
         [1, 0],
         [5, 3, 1, 0, 4, 2, 6],
@@ -76,7 +77,7 @@ def stamp(memory, places, order="seq", write=25, zeros=0):
     for cpu, (passes, index) in enumerate(places):
         owned = list(range(cpu, PAGES, len(places)))
         if order == "random":
-            owned = [owned[i] for i in _shuffled(len(owned), _mix_one((_mix_one(1) ^ MASK) + passes & MASK))]
+            owned = [owned[i] for i in shuffled(len(owned), mix_one((mix_one(1) ^ MASK) + passes & MASK))]
         for place, page in enumerate(owned):
             last = passes if place < index else passes - 1
             if last >= 0:

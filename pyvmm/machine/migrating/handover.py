@@ -8,7 +8,7 @@ import threading
 import time
 from contextlib import suppress
 
-from pyvmm.errors import MigrationError
+from pyvmm.errors import LifecycleError, MigrationError
 from pyvmm.layout import PAGE_SIZE
 from pyvmm.machine.migrating.rest import Rest
 from pyvmm.memory.pageset import PageSet
@@ -68,6 +68,9 @@ class Handover:
         self._committing = threading.Lock()  # a cancel comes before the commit point, or not at all
         self._stop = stop
         self._paused = self._taken = False
+        self._apart = False
+        """The guest is given away, and nothing is connected."""
+        self._abandoned = False
         self._rest: Rest | None = None
         self._at = 0.0
         self._gone: Callable[[], None] = lambda: None
@@ -161,7 +164,12 @@ class Handover:
             except Cancelled as cancelled:
                 self._back("none", cancelled)
                 raise
-            except (Abandoned, PeerDied):
+            except Abandoned as nobody:
+                if not self._abandoned:
+                    raise
+                self._back("none", nobody)
+                raise Cancelled("the destination is dead, by somebody's word, and never had the guest") from nobody
+            except PeerDied:
                 raise
             except MigrationError as error:  # also while the connections are made anew: then once more
                 broken = error
@@ -174,6 +182,14 @@ class Handover:
     def gave_back(self) -> bool:
         """The guest runs on here, after all."""
         return self._decision.value == "held"
+
+    def abandon(self) -> None:
+        """See Outgoing.abandon()."""
+        with self._committing:
+            if not self._apart or self._taken:
+                raise LifecycleError("nothing to abandon: no guest was given away and not heard of again")
+            self._abandoned = True
+        self._stop.set()
 
     def stop(self) -> None:
         """Has what waits for the destination look whether anybody still wants that."""
@@ -232,7 +248,13 @@ class Handover:
         try:
             self._link.check_witness(_WITNESS)
             self._tell(Broken(self._now(), reason=str(error)))
+            self._apart = True
             theirs = self._link.again(self._stop)
+            with self._committing:
+                self._apart = False
+                if self._abandoned:  # the word was given while they answered: it was wrong, and they are asked
+                    self._abandoned = False
+                    self._stop.clear()
         except PeerDied as died:
             self._back(died.decision, died)
             raise
@@ -251,11 +273,11 @@ class Handover:
         whoever waits for it here hears that."""
         if self._taken or theirs == "taken":
             self._vm.life.end(why)
-            self._decision.release()
+            self._decision.close()
             return
         self._decision.set("held", theirs)
         self._run_on()
-        self._decision.release()
+        self._decision.close()
 
     def _part(self, name: str) -> None:
         now = time.perf_counter()

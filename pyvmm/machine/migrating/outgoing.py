@@ -113,6 +113,14 @@ class Outgoing(Session):
         if self._handover is not None:
             self._handover.cancel(reason)
 
+    def abandon(self) -> None:
+        """Somebody's word that the destination is dead and will never run the guest, where it was given away and is not
+        heard of again: the guest runs on here. If that word is wrong it runs twice. Raises LifecycleError where the
+        destination can be heard, or has taken it."""
+        if self._handover is None:
+            raise LifecycleError("nothing to abandon: no guest was given away")
+        self._handover.abandon()
+
     def end(self, reason: str) -> None:
         """Cancels it, gives up what still waits for the destination, and waits until it has ended."""
         self.cancel(reason)
