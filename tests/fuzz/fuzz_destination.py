@@ -10,6 +10,7 @@ import random
 import socket
 import struct
 import threading
+from collections import Counter
 from contextlib import ExitStack, suppress
 from types import SimpleNamespace
 
@@ -192,7 +193,7 @@ def repaired(data: bytes) -> bytes:
 
 
 def mutate(data: bytes, rng: random.Random) -> bytes:
-    """Frames of one stream come, go, come twice or change places."""
+    """Frames of one stream come, go, come twice or change places; the numbers of pages may agree with that."""
     data = data.ljust(OPTIONS, b"\0")
     mode, streams = _parts(data)
     which = rng.randrange(_STREAMS)
@@ -210,4 +211,29 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
         at = min(at, len(parts) - 1)
         parts[at], parts[other] = parts[other], parts[at]
     streams[which] = b"".join(parts)
+    if rng.random() < 0.5:
+        streams = _agreeing([repair_frames(stream, 0) for stream in streams])
     return repaired(_joined(data, mode, streams))
+
+
+def _agreeing(streams: list[bytes]) -> list[bytes]:
+    """END and ROUND tell as many pages as come."""
+    rounds: Counter[int] = Counter()
+    told = []
+    for stream in streams[1:]:
+        pages, frame_list = 0, _runs(stream)
+        for number, frame in enumerate(frame_list):
+            if isinstance(frame, frames.End):
+                frame_list[number] = frames.End(pages, 0, frame.round)
+                rounds[frame.round] += pages
+                pages = 0
+            else:
+                pages += frame.count
+        told.append(b"".join(encode(frame, 0) for frame in frame_list))
+    control: list[frames.Frame] = []
+    with suppress(ProtocolError):
+        control.extend(Decoder(frames.CONTROL).feed(streams[0]))
+    for number, frame in enumerate(control):
+        if type(frame) is frames.Round:
+            control[number] = frames.Round(frame.round, rounds[frame.round])
+    return [b"".join(encode(frame, 0) for frame in control), *told]

@@ -506,3 +506,17 @@ def test_a_guest_that_was_given_away_and_is_not_heard_of_can_be_taken_back(vm, i
     into.close()
     assert not into._runs_here()
     into._decision.close()  # else its witness would wait for the end of this process, to say that it never ran here
+
+
+def test_bandwidth_holds_after_the_switch_too(vm, incoming, listens):
+    """And who cancels at the destination, where the guest runs by then, ends nothing."""
+    source = at_work(vm, "smp", memory="32M", cpus=1)
+    source.memory.write(Gpa(16 << 20), random.Random(1).randbytes(8 << 20))
+    into = incoming(listens("unix"))
+    out = source.migrate(into.address, mode="postcopy", bandwidth="16M")
+    target = into.vm(SECONDS)
+    into.cancel("too late")
+    assert target.memory.engine.at_home("peer").count() > 0
+    assert into.result(SECONDS).seconds > 0.25
+    assert out.result(SECONDS).seconds > 0.25
+    gets_on(target)
