@@ -110,7 +110,6 @@ class Move:
             return
         self._out.result(PATIENCE)
         self._into.result(PATIENCE)
-        self._into.close()
         former, store = self._before
         if former.wait(PATIENCE).reason != "migrated":
             raise Wrong(f"the guest has moved, and its source says {former.wait(0)!r}")
@@ -122,7 +121,8 @@ class Move:
 
     def close(self) -> None:
         """Ends it as it is."""
-        self._into.close()
+        self._into.release()
+        self._out.release()
         self._source.close()
         self._folder.cleanup()
 
@@ -154,10 +154,11 @@ class Move:
             raise Wrong(f"the guest has moved, says its source, and the destination: {why}")
         if self._source.paused or self._source.ended:
             raise Wrong(f"the guest has not moved, and does not run on: {why}")
-        self._into.close()
         self._end(CAME_TO_NOTHING)
 
     def _end(self, how: str) -> None:
+        self._out.release()
+        self._into.release()
         self._folder.cleanup()
         self._subject.moves[how] += 1
         self._subject.move = None

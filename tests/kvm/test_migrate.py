@@ -516,7 +516,6 @@ def test_bandwidth_holds_after_the_switch_too(vm, incoming, listens):
     out = source.migrate(into.address, mode="postcopy", bandwidth="16M")
     target = into.vm(SECONDS)
     into.cancel("too late")
-    assert target.memory.engine.at_home("peer").count() > 0
     assert into.result(SECONDS).seconds > 0.25
     assert out.result(SECONDS).seconds > 0.25
     gets_on(target)

@@ -26,7 +26,7 @@ from pyvmm.testing.verify_model import check_memory, ram_hash
 
 pytestmark = needs("kvm", "uffd_guest", "uffd_wp")
 
-EXAMPLES = int(os.environ.get("PYVMM_HOSTILE", "160"))
+EXAMPLES = int(os.environ.get("PYVMM_HOSTILE", "150"))
 """Of each side. They follow from PYVMM_SEED."""
 SEED = int(os.environ.get("PYVMM_SEED", "1"))
 AT_ONCE = 8
@@ -115,9 +115,7 @@ class Against:
             one_line(error)
             return False
         finally:
-            into.close()
-            if into._decision is not None:
-                into._decision.close()  # its witness still has something to say, should this process be killed
+            into.release()
 
     def _has_all(self):
         """The guest runs here and misses nothing; only the source may not know that yet."""
@@ -271,9 +269,7 @@ def send_to(sender, tmp_path, saboteur, **options):
     # Given away, and cut off, it stands until nobody waits any more. One that stays goes on saying so to a destination
     # that was ready.
     assert out.done or script.ready
-    out.end("nobody waits any more")
-    if out._handover is not None:
-        out._handover._decision.close()  # its witness still has something to say, should this process be killed
+    out.release()
     try:
         out.result(SECONDS)
         return script, None

@@ -124,7 +124,7 @@ def test_migrations_among_the_rest(seed, pages):
         others = (each for each in sequence(seed, torture.subject.pages) if each.kind not in ("snapshot", "migrate"))
         made, rng = {torture.vm}, random.Random(seed)
         try:
-            for number in range(0, 1000, 100):  # by the next one each has come to its end
+            for number in range(0, 700, 100):  # by the next one each has come to its end
                 torture.do(Operation(number, "migrate", 0, 0, rng.getrandbits(32)))
                 for each, operation in enumerate(islice(others, 15), number + 1):
                     torture.do(Operation(each, operation.kind, operation.page, operation.count, operation.value))

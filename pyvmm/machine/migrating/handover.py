@@ -195,6 +195,10 @@ class Handover:
         """Has what waits for the destination look whether anybody still wants that."""
         self._link.control.fail(Abandoned("nobody waits for the destination any more"))
 
+    def release(self) -> None:
+        """Nobody needs to hear what was decided here."""
+        self._decision.close()
+
     def say_held(self) -> None:
         """Until the destination has heard that the guest runs on here, or has died."""
         try:

@@ -138,6 +138,12 @@ class Incoming(Session):
         if self._vm is not None and not self._handed:
             self._vm.close()
 
+    def release(self) -> None:
+        """close(), and its witness goes without a word: the other side is known to have ended."""
+        self.close()
+        if self._decision is not None:
+            self._decision.close()
+
     def __enter__(self) -> Incoming:
         return self
 

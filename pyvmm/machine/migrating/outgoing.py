@@ -130,6 +130,12 @@ class Outgoing(Session):
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
+    def release(self) -> None:
+        """end(), and its witness goes without a word: the other side is known to have ended."""
+        self.end("it was released")
+        if self._handover is not None:
+            self._handover.release()
+
     def _runs_here(self) -> bool:
         return self._vm.started and not self._vm.paused and not self._vm.ended
 
