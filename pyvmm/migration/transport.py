@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import select
 import socket
+import struct
 import time
 from contextlib import suppress
 
@@ -174,14 +175,8 @@ def connect(address: Address, tls: Tls | None = None, timeout: float = HANDSHAKE
             sock = socket.create_connection((address.host, address.port), timeout)
             _tune(sock)
         else:
-            sock = socket.socket(socket.AF_UNIX)
-            try:
-                sock.settimeout(timeout)
-                sock.connect(address.path)
-            except BaseException:
-                sock.close()
-                raise
-    except TimeoutError:
+            sock = _connect_path(address.path, timeout)
+    except (TimeoutError, BlockingIOError):
         raise PeerGone(f"{name} does not answer") from None
     except OSError as error:
         if error.errno in (errno.ECONNREFUSED, errno.ENOENT):
@@ -192,6 +187,23 @@ def connect(address: Address, tls: Tls | None = None, timeout: float = HANDSHAKE
     if tls is not None and not witness:
         sock = tls.wrap(sock, name, address.host, max(0.0, deadline - time.monotonic()))
     return Connection(sock, name)
+
+
+def _connect_path(path: str, timeout: float) -> socket.socket:
+    """Waits where others connect at the moment: without blocking that would fail at once."""
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(timeout))
+        sock.connect(path)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(0))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _timeval(seconds: float) -> bytes:
+    return struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
 
 
 def _tune(sock: socket.socket) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 OUT = ROOT / "out" / "fuzz"
-PYTHON_TARGETS = ("frames", "shape", "capture", "snapshot", "image")
+PYTHON_TARGETS = ("frames", "shape", "capture", "snapshot", "image", "destination")
 # What each is made of, and a macro that one of these needs.
 C_TARGETS = {
     "stream": ("checksum.c", "bits.c", "stream.c"),
@@ -99,7 +99,7 @@ def fuzz(name: str, seconds: int) -> bool:
         str(corpus),
         str(seeds),
     ]
-    print(f"{name:9} {seconds} s, {len(list(corpus.iterdir()))} inputs of earlier runs ...", end=" ", flush=True)
+    print(f"{name:11} {seconds} s, {len(list(corpus.iterdir()))} inputs of earlier runs ...", end=" ", flush=True)
     log = place / "log"
     with open(log, "wb") as file:
         status = subprocess.run(

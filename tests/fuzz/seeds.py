@@ -20,7 +20,9 @@ from pyvmm.migration.fields import Fixed, Number, Rest, Text
 from pyvmm.migration.frames import CONTROL, MAX_PAGES, MAX_RUN, RUNS, encode
 from pyvmm.migration.shape import Shape
 from pyvmm.snapshot import Snapshot
-from pyvmm.snapshot.format import CODECS, HEADER_SIZE, decode
+from pyvmm.snapshot.format import CODECS, HEADER_SIZE, checksum, decode
+from pyvmm.snapshot.states import encode as encode_state
+from pyvmm.state import State
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -192,6 +194,36 @@ def page_streams() -> list[bytes]:
     ]
 
 
+# ---- what a destination hears ----
+
+
+def destinations() -> list[bytes]:
+    """Whole migrations in each mode, of 512 pages over two channels, up to PREPARE."""
+    states = encode_state(State("vm", 1, {"answer": 42, "name": "x" * 40}))
+    found = []
+    for number, (mode, rounds) in enumerate((("precopy", 1), ("postcopy", 0), ("hybrid", 2), ("precopy", 3))):
+        control: list = [frames.Large(0, 1, bytes((number % 2,)))]
+        channels: tuple[list, list] = ([], [])
+        for round in range(1, rounds + 1):
+            control.append(frames.Round(round, 512 if round == 1 else 16))
+            if round == 1:
+                channels[0].extend((frames.Bytes(0, 40, 1), frames.Zeros(40, 216, 1), frames.End(256, 0, 1)))
+                channels[1].extend((frames.Zeros(256, 250, 1), frames.Bytes(506, 6, 1), frames.End(256, 0, 1)))
+            else:
+                channels[0].extend((frames.Bytes(100 * round, 15, round), frames.End(15, 0, round)))
+                channels[1].extend((frames.Zeros(3, 1, round), frames.End(1, 0, round)))
+        control += [frames.States(len(states), 0, states[:30]), frames.States(len(states), 30, states[30:])]
+        if mode == "hybrid":
+            control += [frames.Away(0, 256, bytes(31) + b"\x80"), frames.Away(256, 256, b"\1" + bytes(31))]
+        away = {"precopy": 0, "postcopy": 512, "hybrid": 2}[mode]
+        control.append(frames.Prepare(rounds, away, len(states), checksum(states)))
+        streams = [_stream(control), *map(_stream, channels)]
+        sizes = len(streams[0]), len(streams[1])
+        head = struct.pack("<BHHB", list(frames.MODES).index(mode), *sizes, number % 2)
+        found.append(head.ljust(8, b"\0") + b"".join(streams))
+    return found
+
+
 # ---- images ----
 
 
@@ -231,4 +263,5 @@ SEEDS: dict[str, Callable[[], list[bytes]]] = {
     "image": images,
     "stream": page_streams,
     "blocks": block_maps,
+    "destination": destinations,
 }

@@ -540,3 +540,17 @@ def test_the_memory_of_closed_vms_is_given_back_at_once(vm, listens, mode):
         assert not any(map(mapped, addresses))
     finally:
         gc.enable()
+
+
+def test_bandwidth_holds_after_the_switch_too(vm, incoming, listens):
+    """And who cancels at the destination, where the guest runs by then, ends nothing."""
+    source = at_work(vm, "smp", memory="32M", cpus=1)
+    source.memory.write(Gpa(16 << 20), random.Random(1).randbytes(8 << 20))
+    into = incoming(listens("unix"))
+    out = source.migrate(into.address, mode="postcopy", bandwidth="16M")
+    target = into.vm(SECONDS)
+    into.cancel("too late")
+    assert target.memory.engine.at_home("peer").count() > 0
+    assert into.result(SECONDS).seconds > 0.25
+    assert out.result(SECONDS).seconds > 0.25
+    gets_on(target)

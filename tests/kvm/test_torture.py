@@ -115,3 +115,51 @@ def test_a_page_that_a_snapshot_lost_is_found(tmp_path, monkeypatch):
             list(map(torture.do, (Operation(number, "snapshot", 0, 0, rng.getrandbits(32)) for number in range(50))))
         assert "snapshot value=0x" in failure.value.report
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("seed", "pages"), [pytest.param(2, "2m", marks=needs("thp")), (1, "4k")])  # 1: dirty rings
+def test_migrations_among_the_rest(seed, pages):
+    """Many of them, with other operations while the guest leaves, and while its pages come."""
+    with Torture(seed, 20 * MIB + 5 * 4096, 2, pages) as torture:
+        others = (each for each in sequence(seed, torture.subject.pages) if each.kind not in ("snapshot", "migrate"))
+        made, rng = {torture.vm}, random.Random(seed)
+        try:
+            for number in range(0, 1000, 100):  # by the next one each has come to its end
+                torture.do(Operation(number, "migrate", 0, 0, rng.getrandbits(32)))
+                for each, operation in enumerate(islice(others, 15), number + 1):
+                    torture.do(Operation(each, operation.kind, operation.page, operation.count, operation.value))
+                made.add(torture.vm)
+            torture.finish()
+        except TortureFailure as failure:
+            pytest.fail(failure.report, pytrace=False)
+        assert len(made) > 2, "the guest has not moved"
+        assert torture.subject.moves["moved"] >= len(made) - 1
+        assert torture.subject.stats().by_home["peer"] > 0
+
+
+def test_a_page_that_a_migration_lost_is_found(monkeypatch):
+    """The oracle at work: by the comparison, by the guest, or by the model."""
+    real = Tortured.receive.__func__
+
+    def receive(cls, listen, **options):
+        prepare = options.pop("prepare", None)
+
+        def spoil(machine):
+            if machine.memory.engine.at_home("peer").count() == 0:
+                machine.memory.write(machine.memory.gpa_of(4 * 512), b"lost")
+            if prepare is not None:
+                prepare(machine)
+
+        return real(cls, listen, prepare=spoil, **options)
+
+    monkeypatch.setattr(Tortured, "receive", classmethod(receive))
+    with Torture(3, 16 * MIB) as torture:
+        rng = random.Random(5)
+
+        def again(number):
+            torture.do(Operation(number, "migrate", 0, 0, rng.getrandbits(32)))
+            torture.check()
+
+        with pytest.raises(TortureFailure, match=r"RAM is not the same|wrong pages|has ended") as failure:
+            list(map(again, range(0, 5000, 100)))
+        assert "migrate value=0x" in failure.value.report

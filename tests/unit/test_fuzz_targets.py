@@ -14,7 +14,7 @@ import pytest
 FUZZ = Path(__file__).parents[1] / "fuzz"
 sys.path.append(str(FUZZ))
 
-ROUNDS = {"frames": 500, "shape": 800, "capture": 500, "snapshot": 150, "image": 800}
+ROUNDS = {"frames": 500, "shape": 800, "capture": 500, "snapshot": 150, "image": 800, "destination": 400}
 
 
 @pytest.fixture(params=ROUNDS)
@@ -68,3 +68,15 @@ def test_c_targets_take_their_seeds_and_what_they_make_of_them(name, tmp_path):
         files[-1].write_bytes(seed)
     done = subprocess.run([program, *files], capture_output=True, text=True, timeout=30, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_whole_migrations_are_whole_for_the_destination(monkeypatch):
+    """The seeds of that target get through to the end, where RAM is compared."""
+    target, seeds = (importlib.import_module(name) for name in ("fuzz_destination", "seeds"))
+    judged = []
+    judge = target._judge
+    monkeypatch.setattr(target, "_judge", lambda *given: judged.append(judge(*given)))
+    made = seeds.destinations()
+    for seed in made:
+        target.one_input(seed)
+    assert len(judged) == len(made)

@@ -513,3 +513,23 @@ def test_who_stalls_in_the_handshake_is_in_nobodys_way(tls):
             assert mute.recv(1) == b""
     finally:
         acceptor.close()
+
+
+def test_many_connect_to_a_path_at_once(tmp_path):
+    """More than wait there at most: they wait too, and do not fail at once, as without blocking they would."""
+    path = str(tmp_path / "socket")
+    with socket.socket(socket.AF_UNIX) as listening, ExitStack() as stack:
+        listening.bind(path)
+        listening.listen(0)
+        address = parse_address(f"unix:{path}")
+        stack.enter_context(connect(address))
+        with pytest.raises(PeerGone, match="does not answer"):
+            connect(address, timeout=0.05)
+        made = []
+        thread = threading.Thread(target=lambda: made.append(connect(address)))
+        thread.start()
+        for _ in range(2):
+            stack.enter_context(listening.accept()[0])
+        thread.join(10)
+        stack.enter_context(made[0])
+        made[0].send(Ping(1))
