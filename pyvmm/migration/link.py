@@ -73,6 +73,7 @@ class Link:
         connection = self._ways.join(self.terms, kind, index, self._stack)
         channel = PageChannel(connection, self._memory.base, self._memory.size // PAGE_SIZE)
         channel.stream.pulled = self.local
+        self._stack.callback(channel.close)
         return channel
 
     @property

@@ -107,9 +107,11 @@ class PageChannel:
             self.stream.notes, self.stream.notes_room = self._notes, _NOTES
 
     def close(self) -> None:
-        """Ends the connection; twice is once. While no other thread is in a call: end() has it return."""
+        """Ends the connection, and gives RAM free; twice is once. While no other thread is in a call: end() has it
+        return."""
         self._connection.close()
         self.stream.fd = -1
+        self._ram = ffi.NULL  # else the memory of a closed VM would stay as long as this
 
     def end(self) -> None:
         """Has each call that waits here end with PeerGone, in any thread."""

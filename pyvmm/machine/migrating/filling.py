@@ -55,8 +55,9 @@ class Filling:
 
     def _channel(self, acceptor: Acceptor, kind: str, index: int, stack: ExitStack) -> PageChannel:
         connection = acceptor.joined(kind, index, check=self._control.check)
-        stack.callback(connection.close)
-        return PageChannel(connection, self._vm.memory.base, self._total)
+        channel = PageChannel(connection, self._vm.memory.base, self._total)
+        stack.callback(channel.close)
+        return channel
 
     def receive(self, report: Report) -> int | None:
         """All of it. Returns how many pages are away, None where the guest will not miss any. Raises MigrationError."""

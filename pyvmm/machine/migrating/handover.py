@@ -87,11 +87,11 @@ class Handover:
             raise MigrationError("the guest has ended meanwhile")
         self._part("pause")
         self._decision.set("offered")
-        if not postcopy:
-            precopy.last(control)
+        goes = not postcopy and precopy.last(control)
         raw = encode(vm.save_state())
-        if not postcopy:
+        if goes:
             precopy.finish(control)
+        if not postcopy:
             self._part("last round")
         away = self._send_states(raw, precopy, postcopy)
         control.send(Prepare(precopy.round, away, len(raw), checksum(raw)))

@@ -115,9 +115,14 @@ class Precopy:
             )
         return decision.next
 
-    def last(self, control: Control) -> None:
-        """The VM stands: what has changed since. Returns when it has begun; finish() waits."""
-        self._begin(control, self.stand(), None)
+    def last(self, control: Control) -> bool:
+        """The VM stands: what has changed since. Returns when it has begun; finish() waits. False: nothing has, and
+        there is no such round."""
+        left = self.stand()
+        if not left.count():
+            return False
+        self._begin(control, left, None)
+        return True
 
     def finish(self, control: Control) -> None:
         """Waits until all of the last round is there."""

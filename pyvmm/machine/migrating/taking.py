@@ -134,10 +134,10 @@ class Taking:
         if self.arriving is not None:
             self.arriving.start()
         self._vm.start()
-        self._running.set()
         self._report.downtime["handover"] = time.perf_counter() - began
         with suppress(MigrationError):  # a break is dealt with where the pages are waited for
             self.control.send(Taken())
+        self._running.set()
         self._tell(Switched(self._now(), downtime=self._report.total_downtime, away=away))
 
     def _to_decide(self, error: MigrationError, away: int) -> bool:
