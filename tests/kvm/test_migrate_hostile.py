@@ -38,6 +38,9 @@ SAID = [
     frames.Done,
 ]  # fmt: skip
 """What a source says, whatever the mode."""
+NEEDED = (frames.Join, frames.Round, frames.Away, frames.Prepare)
+FATAL = ("byte", "cut", "drop", "close", "garbage")
+"""Without these frames, each bit of which matters, no guest may move."""
 ANSWERS = [
     frames.Welcome, frames.Joined, frames.RoundDone, frames.Ready, frames.Taken, frames.Request, frames.Complete,
 ]  # fmt: skip
@@ -165,7 +168,10 @@ def test_a_hostile_source(template, tmp_path):
         against = Against(template, tmp_path, saboteur, **options)
         try:
             against.source.play()
-            return against.judge(template)
+            moved = against.judge(template)
+            fatal = saboteur.how in FATAL and isinstance(saboteur.said, NEEDED)
+            assert not (moved and fatal), "the guest moved all the same"
+            return moved
         except BaseException as error:
             error.add_note(f"{options} {saboteur!r}; script: {against.source.ended}")
             against.into.close()
