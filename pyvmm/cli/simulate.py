@@ -83,7 +83,7 @@ def _show(trace: Trace, limit: int, outcomes: list[Outcome]) -> None:
     output = Output()
     what = f"{rough_size(trace.pages * PAGE_SIZE)} in {rough_size(limit * PAGE_SIZE)}, {len(trace):,} touches"
     output.print(Text.assemble((what, "bold"), f": {trace.source}" if trace.source else ""), soft_wrap=True)
-    table = Table("policy", *COLUMNS, "large", f"/ {NAME}", box=None, pad_edge=False)
+    table = Table("policy", *COLUMNS, "large", f"/ {NAME}", box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for column in table.columns[1:]:
         column.justify = "right"
     least = outcomes[-1].read
