@@ -131,7 +131,7 @@ def _tell_finding(name: str, log: Path, found: list[Path]) -> None:
 
 
 def _says_why(line: str) -> bool:
-    return bool(re.search(r"Error\b|File \"|not so:|runtime error|ERROR:|SUMMARY:|^    \S", line))
+    return bool(re.search(r"Error\b|File \"|not so:|runtime error|ERROR:|SUMMARY:|^    [^\s#]", line))
 
 
 def one(name: str, path: str) -> int:
