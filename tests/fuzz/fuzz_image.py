@@ -77,10 +77,27 @@ def repaired(data: bytes) -> bytes:
 
 
 def mutate(data: bytes, rng: random.Random) -> bytes:
-    """A field made extreme, or as large as the file."""
+    """Fields made extreme, a little larger or those of others; segments with any other part of the file."""
     raw = bytearray(data) if len(data) > 16 else bytearray(b"\0" + rng.choice(list(VALID.values())))
-    size = rng.choice((2, 4, 8))
-    at = 1 + rng.randrange(max(1, (min(len(raw), 400) - size) // 2)) * 2
-    value = rng.choice((*EXTREMES, len(raw) - 1, len(raw) // 2, rng.randrange(len(raw)), 0x100000))
-    raw[at : at + size] = struct.pack("<Q", value)[:size]
+    for _ in range(rng.randint(1, 3)):
+        if raw[1:6] == b"\x7fELF\2" and rng.random() < 0.4:
+            _change_segment(raw, rng)
+            continue
+        size = rng.choice((2, 4, 8))
+        at, other = (1 + 2 * rng.randrange(max(1, (min(len(raw), 400) - size) // 2)) for _ in range(2))
+        near = int.from_bytes(raw[at : at + size], "little") + rng.choice((-8, -1, 1, 4, 8, 16))
+        copy = int.from_bytes(raw[other : other + size], "little")
+        value = rng.choice((*EXTREMES, near, near, near, copy, len(raw) - 1, rng.randrange(len(raw)), 0x100000))
+        raw[at : at + size] = (value % (1 << 8 * size)).to_bytes(size, "little")
     return repaired(bytes(raw))
+
+
+def _change_segment(raw: bytearray, rng: random.Random) -> None:
+    """Another part of the file for one of the first segments of an ELF64, mostly one that is there."""
+    at = 1 + 64 + 56 * rng.randrange(3)
+    if at + 56 > len(raw):
+        return
+    start = rng.choice((0, rng.randrange(len(raw)), int.from_bytes(raw[at + 8 : at + 16], "little")))
+    size = rng.choice((max(0, len(raw) - 1 - start), rng.randrange(len(raw))))
+    struct.pack_into("<Q", raw, at + 8, start)
+    struct.pack_into("<QQ", raw, at + 32, size, rng.choice((size, size + rng.randrange(9000))))

@@ -10,6 +10,7 @@ import tempfile
 from contextlib import suppress
 
 from snapshot_files import AVAILABLE, PAGES, Forge, put, save
+from test_image_builders import build_elf, note, pvh_note
 from test_image_hostile import VALID
 from test_migration_order import WELCOME, WHOLE, hello
 
@@ -229,7 +230,8 @@ def destinations() -> list[bytes]:
 
 def images() -> list[bytes]:
     """Of each format; a byte before says which one is asked for."""
-    found = [bytes((0,)) + data for data in VALID.values()]
+    notes = pvh_note(0x100000, 8) + note(b"GNU", 3, b"1" * 12)  # a descriptor has room to grow
+    found = [bytes((0,)) + data for data in (*VALID.values(), build_elf(notes=notes))]
     found.append(bytes((3,)) + b"\xf4" * 16)
     found.append(bytes((4,)) + b"\xf4" * 16)
     return [*found, bytes((130,)) + with_symbols()]
