@@ -38,6 +38,7 @@ class Control:
         self.moving = Moving() if moving is None else moving
         self._stream: threading.Thread | None = None
         self._beginning = threading.Lock()  # until the thread that follows a migration runs
+        self._closed = False  # no migration begins any more
         self._handlers: dict[str, Callable[[dict[str, Any], Reply], None]] = {
             "status": self._status,
             "migrate": self._migrate,
@@ -58,6 +59,8 @@ class Control:
     def close(self) -> None:
         """Ends it. A migration that goes on is cancelled, or where the guest runs elsewhere already and may need pages
         of ours, waited for."""
+        with self._beginning:
+            self._closed = True
         if not self.moving.switched:
             with suppress(PyvmmError):  # there is none, or it is too late
                 self.moving.cancel("the source ends")
@@ -116,6 +119,8 @@ class Control:
         to = given.pop("to")
         given["tls"] = tls_of(given.pop("tls_cert"), given.pop("tls_key"), given.pop("tls_ca"))
         with self._beginning:
+            if self._closed:
+                raise LifecycleError("the VM is about to be closed")
             self.moving.begin(lambda: self._vm.migrate(to, **given), to)
             self._stream = threading.Thread(target=self._tell, args=(reply,), name="control migration", daemon=True)
             self._stream.start()

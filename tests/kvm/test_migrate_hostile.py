@@ -26,7 +26,7 @@ from pyvmm.testing.verify_model import check_memory, ram_hash
 
 pytestmark = needs("kvm", "uffd_guest", "uffd_wp")
 
-EXAMPLES = int(os.environ.get("PYVMM_HOSTILE", "150"))
+EXAMPLES = int(os.environ.get("PYVMM_HOSTILE", "75"))
 """Of each side. They follow from PYVMM_SEED."""
 SEED = int(os.environ.get("PYVMM_SEED", "1"))
 AT_ONCE = 12

@@ -21,7 +21,7 @@ from pyvmm.testing.torture import Torture, TortureFailure
 
 pytestmark = needs("kvm", "uffd_guest")
 
-SECONDS = 4.5
+SECONDS = 3.0
 ODD = 48 * MIB + 5 * 4096
 """RAM that ends within a block."""
 
