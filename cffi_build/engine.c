@@ -42,6 +42,7 @@ int pv_engine_open(uint8_t *ram, uint64_t size, uint64_t small_blocks, struct pv
     pthread_cond_init(&engine->slot_free, NULL);
     pthread_mutex_init(&engine->trace.mutex, NULL);
     live_init(&engine->live);
+    limit_init(&engine->limit);
     pthread_mutex_init(&engine->fail_mutex, NULL);
     pthread_cond_init(&engine->fail_news, NULL);
     engine->page_words = map_zeros(engine->pages * sizeof(uint64_t));
@@ -80,6 +81,7 @@ static void unequip(struct pv_engine *engine)
 
 void pv_engine_close(struct pv_engine *engine)
 {
+    pv_limit_end(engine);
     fault_thread_end(engine);
     unequip(engine);
     if (engine->pagemap >= 0)
@@ -97,6 +99,7 @@ void pv_engine_close(struct pv_engine *engine)
     pthread_cond_destroy(&engine->slot_free);
     pthread_mutex_destroy(&engine->trace.mutex);
     live_deinit(&engine->live);
+    limit_deinit(&engine->limit);
     pthread_mutex_destroy(&engine->fail_mutex);
     pthread_cond_destroy(&engine->fail_news);
     free(engine);

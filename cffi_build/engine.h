@@ -36,6 +36,7 @@
 #define PV_BLOCK_PENDING (1u << 5)        /* the words of its pages are not filled in: the source of all RAM knows */
 #define PV_BLOCK_UNITS (1u << 6)          /* some of its pages are, or were, in a home that gathers */
 #define PV_BLOCK_TOUCHED (1u << 7)        /* and one such page has been touched */
+#define PV_BLOCK_PIECES (1u << 10)        /* it came whole and soon went again: touches bring parts of it, until it is dense */
 #define PV_BLOCK_AWAY_SHIFT 16            /* pages away, 0 to 512: 10 bits */
 #define PV_BLOCK_PINS_SHIFT 32            /* holders of a view, or copies under way: nothing is removed meanwhile */
 
@@ -184,6 +185,8 @@ uint64_t *pv_engine_blocks(struct pv_engine *engine);
 /* Puts pages away; those that are away already stay where they are. Returns how many went, or -errno: -EBUSY where a
  * pin forbids it, or the kernel uses a page. The range must lie in one block. */
 int pv_engine_remove(struct pv_engine *engine, uint64_t page, uint32_t count, int what) PV_CHECKED;
+/* Runs of pages aside, each within one block; those in use stay. How many went, or -errno. */
+int pv_engine_remove_runs(struct pv_engine *engine, const struct pv_run_pages *runs, uint64_t count) PV_CHECKED;
 /* From ASIDE to another home; returns how many pages went, or -errno: what was not stored is still ASIDE. One block. */
 int pv_engine_store(struct pv_engine *engine, uint64_t page, uint32_t count, uint32_t home) PV_CHECKED;
 /* Gives pages that nobody has touched yet a home from which they will come. All of them must be unpopulated and
@@ -324,3 +327,23 @@ int pv_live_wait(struct pv_engine *engine, uint32_t milliseconds, struct pv_live
 void pv_live_cancel(struct pv_engine *engine, int closing);
 /* Ends it now, and takes all protection away. large (or NULL): of each block, whether it was a large page. */
 void pv_live_end(struct pv_engine *engine, uint8_t *large, struct pv_live_progress *out);
+
+/* ---- limit.c: how many pages take memory of the host: those that are PRESENT or ASIDE ---- */
+
+struct pv_limit_told {
+    uint64_t waits, overruns, nanoseconds, longest; /* faults that waited for room; for so long that they went on */
+};
+
+/* Pages that nobody has touched go to ZERO, so that none takes memory without a word that says so. 0 or -errno. */
+int pv_limit_begin(struct pv_engine *engine) PV_CHECKED;
+uint64_t pv_limit_resident(const struct pv_engine *engine);
+/* From now on faults wait where more than `most` pages would be resident, and pv_limit_wait returns above `wake`, which is
+ * at least a block below `most`. UINT64_MAX: never. */
+void pv_limit_set(struct pv_engine *engine, uint64_t most, uint64_t wake);
+/* 1: more is resident than `wake`; 0: it is not, after so long, or since pv_limit_end. */
+int pv_limit_wait(struct pv_engine *engine, uint32_t milliseconds) PV_CHECKED;
+/* Nothing more can go, or something can again: whether faults wait for it. */
+void pv_limit_stuck(struct pv_engine *engine, int stuck);
+/* Nobody reclaims any more. */
+void pv_limit_end(struct pv_engine *engine);
+void pv_limit_look(struct pv_engine *engine, struct pv_limit_told *out);

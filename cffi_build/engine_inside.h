@@ -52,6 +52,19 @@ struct live {
     struct pv_live_progress told;
 };
 
+/* How much may be resident (limit.c). Its mutex is an innermost lock. */
+struct limit {
+    pthread_mutex_t mutex;
+    pthread_cond_t above, below; /* more is resident than `wake`; some of it has gone */
+    uint64_t most, wake;         /* pages; UINT64_MAX: there is no limit. Read without the mutex */
+    uint64_t clock;              /* pages that have left memory */
+    uint64_t *whole_at, *dense_at; /* of a block, under its lock: 1 + clock when it, or the first piece of it, came; and
+                                      when it was dense; or 0 */
+    uint32_t waiting;            /* faults */
+    bool ending, stuck;          /* stuck: nothing more can go, so no fault waits */
+    struct pv_limit_told told;
+};
+
 struct pv_engine {
     uint8_t *ram, *aside, *staging, *zero;
     uint64_t size, pages, blocks;
@@ -78,6 +91,7 @@ struct pv_engine {
 
     struct trace trace;
     struct live live;
+    struct limit limit;
 
     pthread_mutex_t fail_mutex;
     pthread_cond_t fail_news;
@@ -240,3 +254,18 @@ void live_before(struct pv_engine *engine, uint64_t block);
 bool live_on(const struct pv_engine *engine);
 /* From the first moment of a session to the last. */
 bool live_claimed(struct pv_engine *engine);
+
+/* ---- limit.c ---- */
+
+void limit_init(struct limit *limit);
+void limit_deinit(struct limit *limit);
+/* Pages have come; have left memory. */
+void limit_grown(struct pv_engine *engine);
+void limit_shrunk(struct pv_engine *engine);
+/* A block has come as a whole; all of one has gone. Under its lock. */
+void limit_came_whole(struct pv_engine *engine, uint64_t block);
+void limit_gone_whole(struct pv_engine *engine, uint64_t block);
+/* A touch of a block that comes in pieces: is it dense, and to come whole from now on? */
+bool limit_is_dense(struct pv_engine *engine, uint64_t block) PV_CHECKED;
+/* Before a fault is answered that brings more: waits until there is room for that, or for long enough. No lock held. */
+void limit_wait(struct pv_engine *engine, uint64_t page);

@@ -62,6 +62,8 @@ static void serve(struct pv_engine *engine, const struct uffd_msg *message, uint
     struct others others;
     int answer;
     others.unit.count = 0;
+    if (page_home(engine, page) != PV_HOME_PRESENT && page_home(engine, page) != PV_HOME_ASIDE)
+        limit_wait(engine, page);
     block_lock(engine, block);
     uint32_t home = page_home(engine, page);
     if (engine->page_words[page] & PV_PAGE_FAILED) {

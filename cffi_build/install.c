@@ -94,8 +94,10 @@ void now_present(struct pv_engine *engine, uint64_t page, uint32_t count, bool m
     }
     bool all = !block_away(engine, page / PV_BLOCK_PAGES);
     block_flags(engine, page / PV_BLOCK_PAGES, 0, PV_BLOCK_ASIDE_LARGE | (all ? PV_BLOCK_UNITS | PV_BLOCK_TOUCHED : 0));
-    if (away)
+    if (away) {
         span_release(engine, page, away, false);
+        limit_grown(engine);
+    }
 }
 
 /* ---- whole blocks ---- */
@@ -219,10 +221,12 @@ int bring_block(struct pv_engine *engine, uint64_t page)
             answer = install_large(engine, page, slot_at(engine, slot));
         slot_give(engine, slot);
     }
-    if (answer >= 0)
+    if (answer >= 0) {
         now_present(engine, page, PV_BLOCK_PAGES, whole && engine->move);
-    else
+        limit_came_whole(engine, page / PV_BLOCK_PAGES);
+    } else {
         settle(engine, page, PV_BLOCK_PAGES);
+    }
     return answer;
 }
 

@@ -130,6 +130,8 @@ void page_set(struct pv_engine *engine, uint64_t page, uint64_t word)
     if (away)
         __atomic_fetch_add(&engine->block_words[page / PV_BLOCK_PAGES], (uint64_t)away << PV_BLOCK_AWAY_SHIFT,
                            __ATOMIC_RELAXED);
+    if (after != PV_HOME_PRESENT && after != PV_HOME_ASIDE)
+        limit_shrunk(engine);
 }
 
 /* ---- what the kernel has mapped (Documentation/admin-guide/mm/pagemap.rst) ---- */

@@ -178,6 +178,20 @@ int pv_engine_remove(struct pv_engine *engine, uint64_t page, uint32_t count, in
     return result;
 }
 
+int pv_engine_remove_runs(struct pv_engine *engine, const struct pv_run_pages *runs, uint64_t count)
+{
+    int gone = 0;
+    for (uint64_t i = 0; i < count; i++) {
+        int result = runs[i].count > PV_BLOCK_PAGES
+                         ? -EINVAL
+                         : pv_engine_remove(engine, runs[i].first, (uint32_t)runs[i].count, PV_REMOVE_ASIDE);
+        if (result < 0 && result != -EBUSY)
+            return result;
+        gone += result > 0 ? result : 0;
+    }
+    return gone;
+}
+
 int pv_engine_store(struct pv_engine *engine, uint64_t page, uint32_t count, uint32_t home)
 {
     if (!in_block(engine, page, count) || home >= PV_HOMES || !engine->homes[home].store)

@@ -59,6 +59,8 @@ int pv_swap_start(struct pv_swap *swap) PV_CHECKED;
 void pv_swap_end(struct pv_swap *swap);
 /* Takes pages of one block out of the guest, and has all of the block that is aside written soon. As pv_engine_remove. */
 int pv_swap_out(struct pv_swap *swap, uint64_t page, uint32_t count) PV_CHECKED;
+/* Has all of a block that is aside written soon, and takes nothing more out of the guest. */
+void pv_swap_put(struct pv_swap *swap, uint64_t block);
 /* Waits until at most so many blocks wait to be written, for so long at most: 1, or 0 where that was not enough. */
 int pv_swap_wait(struct pv_swap *swap, uint64_t most, uint32_t milliseconds) PV_CHECKED;
 /* Has what could not be written tried again. */

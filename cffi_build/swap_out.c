@@ -254,10 +254,14 @@ static bool settle_entry(struct pv_swap *swap, const struct entry *entry)
     return true;
 }
 
-/* A block that is to be large, and all of it away, comes back whole; of others, what lies together comes together. */
+/* A block that is to be large, and all of it away, comes back whole, but for those that do so in vain; of others, what lies
+ * together comes together. */
 static void settle_flags(struct pv_engine *engine, uint64_t block)
 {
     bool whole = to_be_large(engine, block) && block_away(engine, block) == PV_BLOCK_PAGES;
+    if (whole)
+        limit_gone_whole(engine, block);
+    whole = whole && !(block_word(engine, block) & PV_BLOCK_PIECES);
     block_flags(engine, block, whole ? 0 : PV_BLOCK_UNITS,
                 PV_BLOCK_ASIDE_LARGE | (whole ? PV_BLOCK_UNITS | PV_BLOCK_TOUCHED : 0));
 }
@@ -362,14 +366,20 @@ void pv_swap_end(struct pv_swap *swap)
 
 /* ---- who has pages go out ---- */
 
+void pv_swap_put(struct pv_swap *swap, uint64_t block)
+{
+    if (block >= swap->engine->blocks)
+        return;
+    pthread_mutex_lock(&swap->mutex);
+    put(swap, block);
+    pthread_mutex_unlock(&swap->mutex);
+}
+
 int pv_swap_out(struct pv_swap *swap, uint64_t page, uint32_t count)
 {
     int result = pv_engine_remove(swap->engine, page, count, PV_REMOVE_ASIDE);
-    if (result != -EINVAL) { /* also where none went now: some may be aside since an earlier time */
-        pthread_mutex_lock(&swap->mutex);
-        put(swap, page / PV_BLOCK_PAGES);
-        pthread_mutex_unlock(&swap->mutex);
-    }
+    if (result != -EINVAL) /* also where none went now: some may be aside since an earlier time */
+        pv_swap_put(swap, page / PV_BLOCK_PAGES);
     return result;
 }
 

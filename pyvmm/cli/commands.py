@@ -68,6 +68,25 @@ _LIVE = Option("--live", "show the guest's progress while it runs", bool)
 _CONTROL = Option("--control", "listen there, for `pyvmm status`, `pyvmm migrate` and others", metavar="PATH")
 _SOCKET = Option("path", "where a guest was started with --control", metavar="PATH")
 
+# A VM that lives in less memory than it has (pyvmm.cli.reclaim).
+_LESS = (
+    Option(
+        "--limit",
+        "let the guest's RAM take so much memory of the host, such as 128M; the rest is swapped",
+        metavar="SIZE",
+    ),
+    Option(
+        "--swap",
+        "where to: a folder, a file that is made, or a size (default: as much as RAM, in /var/tmp)",
+        metavar="FILE|SIZE",
+    ),
+    Option(
+        "--policy",
+        "who chooses what goes: clock (default), random, activity, sharing-first, or file.py:Class",
+        metavar="NAME",
+    ),
+)
+
 # What both sides of a migration take (pyvmm.cli.moving).
 _MOVING = (
     Option("--tls-cert", "with tcp: TLS 1.3; our certificate, PEM", metavar="FILE"),
@@ -119,6 +138,7 @@ COMMANDS = (
         _STATS,
         _LIVE,
         _CONTROL,
+        *_LESS,
         Option("--trace", "single-step the first N instructions, and show them", int, metavar="N"),
         *SNAPSHOT,
     ),
@@ -147,6 +167,7 @@ COMMANDS = (
         _STATS,
         _LIVE,
         _CONTROL,
+        *_LESS,
         *SNAPSHOT,
         Option("--snapshot-incremental", "write only what has changed since FILE, on which it builds then", bool),
     ),
@@ -190,6 +211,18 @@ COMMANDS = (
         Option("--json", "one JSON object instead of text", bool),
     ),
     Command(
+        "swap",
+        "have a running guest, started with --control, live in less memory; show how that goes",
+        "swap",
+        _SOCKET,
+        Option(
+            "--target", "so much of the host's memory may its RAM take, such as 128M; none: all", metavar="SIZE|none"
+        ),
+        Option("--policy", "who chooses what goes, if nobody does yet (see `pyvmm run --policy`)", metavar="NAME"),
+        Option("--live", "show it again and again, until Ctrl-C", bool),
+        Option("--json", "one JSON object instead of a table", bool),
+    ),
+    Command(
         "migrate",
         "move a running guest, started with --control, to a `pyvmm receive`",
         "migrate",
@@ -225,6 +258,7 @@ COMMANDS = (
         _STATS,
         _LIVE,
         _CONTROL,
+        *_LESS,
         Option("--json", "the report as one JSON object; what the guest prints goes to stderr", bool),
     ),
     Command(

@@ -107,6 +107,7 @@ class _Received(Shown):
     def begin(self, vm: VM) -> None:
         self._ready.set()
         self._incoming.vm()
+        self.limit(vm)  # what came before the guest came as a whole
         with self._lock:
             self._runs = True
             if self.status is not None:

@@ -34,6 +34,7 @@ class _Restored(Watched):
             return clones.restore(self.args, bar.told)
 
     def prepare(self, vm: VM) -> None:
+        super().prepare(vm)
         if self.args.map:
             from pyvmm.cli.filling import Filling
 

@@ -153,11 +153,35 @@ class Session:
 
 
 class Shown(Session):
-    """With --live and --stats, and --control."""
+    """With --live and --stats, --control, and --limit."""
 
     moving: Moving | None = None
     """What the control socket says of a migration; None: none has begun."""
     _control: Control | None = None
+
+    def __init__(self, args: Arguments) -> None:
+        super().__init__(args)
+        if args.limit is not None or args.policy is not None:
+            from pyvmm.cli import reclaim
+
+            reclaim.check(args)
+
+    def prepare(self, vm: VM) -> None:
+        if self.args.limit is not None or self.args.swap is not None:
+            from pyvmm.cli import reclaim
+
+            reclaim.ready(vm, self.args)
+
+    def begin(self, vm: VM) -> None:
+        self.limit(vm)
+        super().begin(vm)
+
+    def limit(self, vm: VM) -> None:
+        """From now on --limit counts."""
+        if self.args.limit is not None:
+            from pyvmm.cli import reclaim
+
+            reclaim.limit(vm, self.args)
 
     def around(self, vm: VM) -> AbstractContextManager[object]:
         if self.args.control is None:
@@ -229,6 +253,7 @@ class _Run(Watched):
             raise BadInput(f"--trace {args.trace}: give a number of instructions, 1 or more")
 
     def prepare(self, vm: VM) -> None:
+        super().prepare(vm)
         if self.args.trace is not None:
             vm.single_step(self.args.trace, lambda line: print(line, file=sys.stderr, flush=True))
 

@@ -41,6 +41,7 @@ class Control:
         self._closed = False  # no migration begins any more
         self._handlers: dict[str, Callable[[dict[str, Any], Reply], None]] = {
             "status": self._status,
+            "swap": self._swap,
             "migrate": self._migrate,
             "cancel": self._cancel,
             "abandon": self._abandon,
@@ -88,6 +89,12 @@ class Control:
 
     def _status(self, arguments: dict[str, Any], reply: Reply) -> None:
         reply.result(status(self._vm, self.moving))
+
+    def _swap(self, arguments: dict[str, Any], reply: Reply) -> None:
+        from pyvmm.control.swapping import change, figures
+
+        change(self._vm.memory, arguments["target"], arguments["policy"], arguments["off"])
+        reply.result(figures(self._vm.memory))
 
     def _pause(self, arguments: dict[str, Any], reply: Reply) -> None:
         with self.moving.apart():

@@ -70,6 +70,11 @@ class Argument(Record):
 
 COMMANDS: dict[str, tuple[Argument, ...]] = {
     "status": (),
+    "swap": (
+        Argument("target", int, None, least=1),
+        Argument("policy", str),
+        Argument("off", bool, False),
+    ),
     "migrate": (
         Argument("to", str, required=True),
         Argument("mode", str, "precopy", choices=MODES),

@@ -321,6 +321,12 @@ class Engine:
         away = dict(zip(HOMES[1:], list(homes)[1:], strict=True))
         return PageCounts(self._pages, int(large[0]), int(small[0]), away, bool(armed[0]))
 
+    def homes(self) -> dict[str, int]:
+        """How many pages are away, by home."""
+        homes, armed = ffi.new("uint64_t[]", lib.PV_HOMES), ffi.new("int *")
+        self.tell(lib.pv_engine_count, homes, armed)
+        return dict(zip(HOMES[1:], list(homes)[1:], strict=True))
+
     def looks(self) -> list[str]:
         """How each block looks, a word of LOOKS: its commonest home where half of it is away, else how it is mapped."""
         native = self._enter()

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pyvmm._native import CData
     from pyvmm.memory.counts import PageCounts
     from pyvmm.memory.engine import Engine
+    from pyvmm.memory.reclaim.reclaimer import Reclaimer
 
     Pages: TypeAlias = Literal["auto", "2m", "4k"]
     Buffer: TypeAlias = bytes | bytearray | memoryview
@@ -63,6 +64,8 @@ class GuestMemory:
         self._kept: list[Callable[[], object]] = []
         self._ends: list[Callable[[], object]] = []
         self._making = threading.Lock()
+        self.reclaimer: Reclaimer | None = None
+        """What keeps the limit, where there is or was one."""
         self.on_write: Callable[[int, int], None] | None = None
         self._views: dict[int, _View] = {}
         self._view_numbers = count()
@@ -111,6 +114,39 @@ class GuestMemory:
                     view.pin(engine)
                 self._engine = engine
             return self._engine
+
+    def reclaim(
+        self, swap: str | None = None, size: int | None = None, policy: str = "clock", seed: int = 0
+    ) -> Reclaimer:
+        """Makes ready what keeps a limit, once. swap: where pages go, see Swap; size: of that, in bytes; by default as
+        much as there is RAM. policy, seed: see Reclaimer. Raises BadInput, HostError."""
+        from pyvmm.memory.reclaim.reclaimer import Reclaimer
+        from pyvmm.memory.swap import Swap
+
+        if self.reclaimer is not None:
+            raise BadInput("what this VM gives up has a policy and a swap already")
+        home = Swap(self, swap, self.size if size is None else size)
+        try:
+            self.reclaimer = Reclaimer(self, home, policy, seed)
+        except BaseException:
+            home.close()
+            raise
+        return self.reclaimer
+
+    @property
+    def limit(self) -> int | None:
+        """So many bytes of RAM may take memory of the host, the rest is in a swap file; None: all of it may.
+
+        To set it returns at once. Raises BadInput where it is too low, HostError where there can be no swap file.
+        """
+        return None if self.reclaimer is None else self.reclaimer.limit
+
+    @limit.setter
+    def limit(self, limit: int | None) -> None:
+        if limit is not None and self.reclaimer is None:
+            self.reclaim()
+        if self.reclaimer is not None:
+            self.reclaimer.limit = limit
 
     def pages(self) -> PageCounts:
         """Where the guest's pages are: in large or small mappings, untouched, or away, by home."""

@@ -56,6 +56,10 @@ class SwapCounts(Record):
         self.reads, self.bytes_read = int(told.reads), int(told.bytes_read)
         self.errors, self.error = int(told.errors), int(told.error)
 
+    def as_dict(self) -> dict[str, int]:
+        """For JSON."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
 
 class Swap:
     """Gives pages of `memory` a place in a file of at most `size` bytes, which has no name: it is gone with this
@@ -128,6 +132,12 @@ class Swap:
                 self._wait(QUEUE)
         self._tell()
         return gone
+
+    def write(self, block: int) -> None:
+        """Has all of a block that is aside written soon; takes nothing out of the guest. Waits as out() does."""
+        self._require_open()
+        self._engine.tell(lambda _: lib.pv_swap_put(self._swap, block))
+        self._wait(QUEUE)
 
     def drain(self) -> None:
         """Waits until all that goes out has been written, or cannot be. Raises HostError as out() does."""

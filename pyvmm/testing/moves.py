@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from typing import Literal
 
     from pyvmm.machine import VM
-    from pyvmm.testing.operations import Operation, Store, Subject
+    from pyvmm.testing.operations import Operation, Subject
+    from pyvmm.testing.shelves import Shelf
 
 _MODES: tuple[Literal["precopy", "postcopy", "hybrid"], ...] = ("precopy", "postcopy", "hybrid")
 MOVED = "moved"
@@ -52,7 +53,7 @@ class Move:
     def __init__(self, subject: Subject, operation: Operation) -> None:
         rng = random.Random(operation.value)
         self._subject = subject
-        self._before: tuple[VM, Store] | None = None
+        self._before: tuple[VM, Shelf] | None = None
         self._until = operation.number + rng.randrange(OPERATIONS)
         self._cancel_at = operation.number + rng.randrange(20) if rng.random() < CANCELS else None
         self._at_source = rng.random() < 0.5

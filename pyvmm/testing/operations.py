@@ -12,13 +12,13 @@ from collections import Counter, deque
 from pyvmm._native import ffi
 from pyvmm.errors import HostError, PyvmmError
 from pyvmm.layout import BLOCK_SIZE, PAGE_SIZE, Gpa
-from pyvmm.memory.homes import Home
 from pyvmm.memory.trace.coarse import Coarse
 from pyvmm.record import Record
+from pyvmm.testing.shelves import Store, Swapped
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping
     from typing import Literal, TypeAlias
 
     from pyvmm.machine import VM
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pyvmm.memory.counts import EngineStats
     from pyvmm.memory.trace import Trace
     from pyvmm.testing.moves import Move
+    from pyvmm.testing.shelves import Shelf
 
     Scope: TypeAlias = Literal["block", "run", "scratch", "none"]
 
@@ -115,37 +116,14 @@ def sequence(seed: int, pages: int, kinds: Mapping[str, Kind] | None = None) -> 
         yield Operation(number, kind, page, count, rng.getrandbits(32))
 
 
-class Store(Home):
-    """A home that keeps pages in a dict, and notes whoever treats it wrongly."""
-
-    def __init__(self) -> None:
-        self.pages: dict[int, bytes] = {}
-        self.wrong: list[str] = []
-        self._next = 0
-
-    def fetch(self, page: int, locators: Sequence[int]) -> bytes:
-        """The bytes."""
-        return b"".join(self.pages[locator] for locator in locators)
-
-    def store(self, page: int, data: bytes) -> Sequence[int]:
-        """Keeps them."""
-        first = self._next
-        self._next += len(data) // PAGE_SIZE
-        for at in range(first, self._next):
-            self.pages[at] = data[(at - first) * PAGE_SIZE :][:PAGE_SIZE]
-        return range(first, self._next)
-
-    def forget(self, page: int, locators: Sequence[int]) -> None:
-        """Drops them."""
-        self.wrong += [f"page {page} forgotten twice" for locator in locators if self.pages.pop(locator, None) is None]
-
-
 class Subject:
     """A VM, and what must be true of it. written: pages that the host wrote, and their bytes; views: those held, each
     with the number of the operation until which it is; dirty: pages traced since `baseline`, RAM as it was then."""
 
-    def __init__(self, vm: VM, ring: bool = False) -> None:
+    def __init__(self, vm: VM, ring: bool = False, swap: int | None = None) -> None:
+        """ring: it has dirty rings; swap: the seed of the policy where pages go to the host's swap, else to a Store."""
         self._traces = RING_TRACES if ring else TRACES
+        self._swap = swap
         self.pages = vm.memory.size // PAGE_SIZE
         self._former: list[EngineStats] = []
         self._take(vm)
@@ -164,8 +142,7 @@ class Subject:
         self.vm = vm
         self.memory = vm.memory
         self.engine = vm.memory.engine
-        self.store = Store()
-        self.engine.set_home("swap", self.store)
+        self.store: Shelf = Store(self.memory) if self._swap is None else Swapped(self.memory, self._swap)
 
     def adopt(self, vm: VM) -> None:
         """Goes on with another VM, which has the same in its memory; the one before is closed."""
@@ -173,7 +150,7 @@ class Subject:
         former, store = self.turn_to(vm)
         self.retire(former, store)
 
-    def turn_to(self, vm: VM) -> tuple[VM, Store]:
+    def turn_to(self, vm: VM) -> tuple[VM, Shelf]:
         """Goes on with another VM. Returns the one before, and its store: to retire() when nobody needs it any more."""
         self.stop_trace()
         self.views.clear()
@@ -181,7 +158,7 @@ class Subject:
         self._take(vm)
         return former, store
 
-    def retire(self, former: VM, store: Store) -> None:
+    def retire(self, former: VM, store: Shelf) -> None:
         """Closes a VM that was under torture."""
         self._former.append(former.memory.engine.stats())
         former.close()
@@ -250,9 +227,8 @@ class Subject:
         self.memory.write(self.gpa(operation), data)
 
     def put_away(self, operation: Operation) -> None:
-        """Removes pages, and stores those that the guest has not fetched back meanwhile."""
-        self.engine.remove(operation.page, operation.count)
-        self.engine.store(operation.page, operation.count, "swap")
+        """Removes pages, and has those stored that the guest has not fetched back meanwhile."""
+        self.store.put_away(operation.page, operation.count)
 
     def view(self, operation: Operation) -> None:
         """Holds a view for some operations; its pages must stay."""
@@ -314,7 +290,7 @@ def check_contents(vm: VM, written: Mapping[int, bytes]) -> None:
             raise Wrong(f"page {page}, written by the host, has other bytes now")
 
 
-def check_books(memory: GuestMemory, store: Store, armed: bool | None = None) -> None:
+def check_books(memory: GuestMemory, store: Shelf, armed: bool | None = None) -> None:
     """Do the engine's books agree, of a VM that stands still? armed: see imbalances(). Raises Wrong. A fault that a
     vCPU took before it was parked may still be under way: its end is waited for."""
     from pyvmm.testing.balance import imbalances
@@ -322,8 +298,8 @@ def check_books(memory: GuestMemory, store: Store, armed: bool | None = None) ->
     end = time.monotonic() + SETTLE_SECONDS
     while True:
         wrong = imbalances(memory, armed=armed) + store.wrong
-        if len(store.pages) != (stored := memory.engine.count().homes["swap"]):
-            wrong.append(f"the home keeps {len(store.pages)} pages, and the engine counts {stored} there")
+        if (kept := store.kept()) != (stored := memory.engine.count().homes["swap"]):
+            wrong.append(f"the home keeps {kept} pages, and the engine counts {stored} there")
         if not wrong:
             return
         if time.monotonic() > end:
@@ -393,6 +369,7 @@ KINDS = {
     "pause": Kind(2, "none", lambda s, o: s.pause(), here=True),
     "resume": Kind(6, "none", lambda s, o: s.resume(), here=True),
     "trace": Kind(3, "none", Subject.trace, here=True),
+    "limit": Kind(1, "none", lambda s, o: s.store.limit(o.value)),
     "snapshot": Kind(0.2, "none", _snapshot, here=True),
     "migrate": Kind(0.4, "none", _migrate),
 }  # fmt: skip

@@ -46,6 +46,8 @@ CHECK_EVERY = 400
 """Operations from one full check to the next."""
 RING_SEEDS = 1
 """Seeds that are so modulo 4 have a VM with dirty rings."""
+SWAP_SEEDS = 2
+"""Those that are so have pages go to the host's swap, with a limit that changes."""
 _SCRATCH_BLOCKS = 3
 """At the end of RAM, not the guest's: more than the pages the host writes, since RAM may end within a block."""
 
@@ -75,7 +77,7 @@ class Torture:
             tables = memory > 3 * GIB  # of the guest's own, for what lies above
             size = (memory // BLOCK_SIZE - 1 - _SCRATCH_BLOCKS - tables) * BLOCK_SIZE
             vm.load("verify", f"seed={seed} order=random zeros={ZEROS} size={size}")
-            self.subject = Subject(vm, ring)
+            self.subject = Subject(vm, ring, seed if seed % 4 == SWAP_SEEDS else None)
             vm.start()
             patience = PATIENCE + memory / FIRST_TOUCH
             self._await(lambda: self.vm.progress().passes > 0, "the guest's first pass", patience)
@@ -164,6 +166,7 @@ class Torture:
 
     def _check_merged(self) -> None:
         self.subject.stop_trace()
+        self.subject.store.limit(0)
         for block in range(self.subject.pages // BLOCK_PAGES):
             self.subject.engine.install(block * BLOCK_PAGES, BLOCK_PAGES)
             insist(partial(self.subject.engine.merge, block))

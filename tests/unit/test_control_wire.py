@@ -40,7 +40,10 @@ def test_a_whole_number_is_a_number():
         ({"id": "x" * 65, "do": "status"}, "a request has an id"),
         ({"id": 1}, "a request says what to do"),
         ({"id": 1, "do": 3}, "a request says what to do"),
-        ({"id": 1, "do": "fly"}, 'there is no command "fly": choose one of status, migrate, cancel, abandon, pause'),
+        (
+            {"id": 1, "do": "fly"},
+            'there is no command "fly": choose one of status, swap, migrate, cancel, abandon, pause',
+        ),
         ({"id": 1, "do": "x" * 9999}, "there is no command"),
         ({"id": 1, "do": "status", "loud": 1}, 'status has no argument "loud": it takes none'),
         ({"id": 1, "do": "migrate", "too": "x"}, 'migrate has no argument "too": it takes to, mode,'),

@@ -24,6 +24,7 @@ SOURCES = (
     "blocks",
     "unit",
     "coarse",
+    "limit",
     "live",
     "live_block",
     "live_drain",

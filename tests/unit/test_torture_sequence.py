@@ -6,7 +6,9 @@ from itertools import islice
 
 import pytest
 
-from pyvmm.testing.operations import BLOCK_PAGES, KINDS, SCRATCH_PAGES, Kind, Store, sequence
+from pyvmm.memory import GuestMemory
+from pyvmm.testing.operations import BLOCK_PAGES, KINDS, SCRATCH_PAGES, Kind, sequence
+from pyvmm.testing.shelves import Store
 
 PAGES = 10 * BLOCK_PAGES + 7
 
@@ -66,10 +68,10 @@ def test_operations_meet():
 
 
 def test_the_store_notes_who_forgets_twice():
-    store = Store()
+    store = Store(GuestMemory(16 << 20))
     locators = store.store(5, b"a" * 4096 + b"b" * 4096)
     assert store.fetch(5, locators) == b"a" * 4096 + b"b" * 4096
     store.forget(5, locators)
-    assert (store.pages, store.wrong) == ({}, [])
+    assert (store.kept(), store.wrong) == (0, [])
     store.forget(6, locators[:1])
     assert store.wrong == ["page 6 forgotten twice"]

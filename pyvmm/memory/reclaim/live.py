@@ -1,0 +1,100 @@
+# live.py: what a policy sees of a VM that runs: the page map, looked at at times. Units: small pages, blocks of 512.
+"""`LiveView`: a View kept by the page map. `Told`: a policy of which only those methods are called that it has."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from pyvmm._native import lib
+from pyvmm.memory.reclaim.policy import BLOCK_PAGES, Policy, View
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+    from pyvmm.memory.engine import Engine
+    from pyvmm.memory.reclaim.policy import Victim
+
+_NOT_LARGE = lib.PV_BLOCK_SMALL | lib.PV_BLOCK_BROKEN | 0x3FF << lib.PV_BLOCK_AWAY_SHIFT
+
+
+class LiveView(View):
+    """`used` counts what takes memory of the host: pages in the guest, and those aside. Whoever looks is one thread."""
+
+    __slots__ = ("_began", "_blocks", "_engine", "_seen", "_words")
+
+    def __init__(self, engine: Engine, limit: int, seed: int) -> None:
+        self._words, self._blocks = engine.page_words, engine.block_words
+        super().__init__(len(self._words), limit, seed)
+        self._engine = engine
+        self._seen = np.frombuffer(self.resident, np.uint8)
+        self._seen.flags.writeable = True
+        self._began = time.monotonic()
+
+    def homes(self) -> NDArray[np.uint8]:
+        """The home of each page, as it is now."""
+        return (self._words & np.uint64(lib.PV_PAGE_HOME)).astype(np.uint8)
+
+    def look(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Has the view say what is so now. Returns the pages that are there now, and those that are not any more."""
+        now = self.homes() == lib.PV_HOME_PRESENT
+        changed = np.flatnonzero(now != self._seen)
+        came = changed[now[changed]]
+        left = changed[~now[changed]]
+        self._seen[:] = now
+        if len(changed):
+            padded = np.zeros(self.blocks * BLOCK_PAGES, np.uint16)
+            padded[: self.pages] = now
+            self.present[:] = padded.reshape(self.blocks, BLOCK_PAGES).sum(axis=1).tolist()
+        self.large[:] = ((self._blocks & np.uint64(_NOT_LARGE)) == 0).astype(np.uint8).tobytes()
+        self.now = int((time.monotonic() - self._began) * 1e6)
+        self.measure()
+        return came, left
+
+    def measure(self) -> int:
+        """Looks at `used` alone, and returns it."""
+        self.used = int(self._engine.call(lib.pv_limit_resident, equip=False))
+        return self.used
+
+    def gone(self, first: int, count: int) -> None:
+        """Pages of one block have been chosen: they count as gone, until the next look says otherwise."""
+        part = slice(first, first + count)
+        self.present[first // BLOCK_PAGES] -= int(self._seen[part].sum())
+        self._seen[part] = 0
+
+    def aside_of(self, block: int) -> int:
+        """How many of a block's pages are aside now."""
+        words = self._words[block * BLOCK_PAGES : (block + 1) * BLOCK_PAGES]
+        return int(((words & np.uint64(lib.PV_PAGE_HOME)) == lib.PV_HOME_ASIDE).sum())
+
+
+class Told:
+    """A policy, and what it is told: nothing that it has no method for, since there are many pages."""
+
+    def __init__(self, kind: type[Policy], view: LiveView) -> None:
+        self.policy = kind(view)
+        self._has = {name: getattr(kind, name) is not getattr(Policy, name) for name in ("came", "left", "touched")}
+
+    def changed(self, came: NDArray[np.int64], left: NDArray[np.int64], touched: bool) -> None:
+        """Pages that have come, and gone. touched: those that came did so because the guest touched them."""
+        if self._has["left"]:
+            for page in left.tolist():
+                self.policy.left(page)
+        for page in came.tolist() if self._has["came"] or (touched and self._has["touched"]) else ():
+            self.policy.came(page)
+            if touched:
+                self.policy.touched(page, False)
+
+    def gone(self, pages: range) -> None:
+        """Its victims have been taken."""
+        if self._has["left"]:
+            for page in pages:
+                self.policy.left(page)
+
+    def victims(self, wanted: int) -> Iterator[Victim]:
+        """See Policy."""
+        return iter(self.policy.victims(wanted))
