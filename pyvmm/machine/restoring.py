@@ -68,7 +68,8 @@ def restore(
     first touches is kept for vm.restored.working_set() (then there is no fill).
     generation: tell the guest that it is another one now, and give it a new seed (pyvmm.machine.generation); else RAM
     is exactly as it was.
-    pages, output, devices: as of VM(), and devices as the VM had that was saved; with pages="auto" a block that was small at the source and holds little stays so.
+    pages, output, devices: as of VM(), and devices as the VM had that was saved;
+    with pages="auto" a block that was small at the source and holds little stays so.
     track: traces with this tracker, such as "bitmap", what changes, so that a snapshot can have this one as its parent.
     progress: told (bytes read, of how many). Raises SnapshotError for a file that is damaged, foreign or of another
     version, FetchError where the block with the progress page is; where another one is found damaged only later, the

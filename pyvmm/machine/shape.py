@@ -49,7 +49,9 @@ def _note(state: State, states: dict[str, int]) -> None:
 def build(
     kind: type[VM], shape: Shape, output: Callable[[bytes], None] | None = None, devices: Sequence[str] = ()
 ) -> VM:
-    """A VM of that shape, with these devices (as VM() takes them). Raises MigrationError, in words for the other side, where this host has none such."""
+    """A VM of that shape, with these devices (as VM() takes them).
+
+    Raises MigrationError, in words for the other side, where this host has none such."""
     try:
         vm = kind(
             memory=shape.memory,

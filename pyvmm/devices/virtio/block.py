@@ -7,14 +7,13 @@ import struct
 
 from pyvmm.devices.virtio.model import Model
 from pyvmm.devices.virtio.queue import RingError
-from pyvmm.errors import StateError
-from pyvmm.state import State
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Protocol
 
     from pyvmm.devices.virtio.queue import Buffers, Chain, Queue
+    from pyvmm.state import State
 
     class Backend(Protocol):
         """What keeps the sectors. All but `sectors` to `id` are called on the device's worker; ranges are within
@@ -205,14 +204,9 @@ class Block(Model):
     def release(self) -> None:
         self._backend.release()
 
-    def save(self) -> State:
-        return State("virtio-block", 1, {"sectors": self._backend.sectors, "id": self._backend.id})
-
     def restore(self, state: State) -> None:
-        self.require(state)
-        if state.integer("sectors") != self._backend.sectors:
-            raise StateError(f"virtio-block: the state's disk has {state.fields['sectors']} sectors, not as many")
-        self._backend.activate()
+        super().restore(state)
+        self._backend.activate()  # now, where it can still be refused: a source that has the guest has let go
 
     def close(self) -> None:
         self._backend.close()

@@ -99,8 +99,8 @@ class VirtioConsole(Model):
 
     def save(self) -> State:
         with self._lock:
-            fields = {"input": bytes(self._input), "listening": int(self.listening), "sent": self._sent}
-        return State("virtio-console", 1, dict(fields))
+            data = bytes(self._input)
+        return State("virtio-console", 1, {"input": data, "listening": int(self.listening), "sent": self._sent})
 
     def restore(self, state: State) -> None:
         self.require(state)

@@ -17,6 +17,7 @@ from pyvmm.state import State
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+
     from pyvmm.devices.virtio.model import Model
     from pyvmm.memory import GuestMemory
     from pyvmm.state import Value
@@ -77,7 +78,7 @@ class Mmio:
         self._next = 0
         self._forget()
         self._generation = 0
-        model.attach(self._worker.kick)
+        model.kick = self._worker.kick
 
     def _forget(self) -> None:
         self._status = self._interrupt = self._accepted = 0
@@ -282,14 +283,12 @@ class Mmio:
         """Becomes what save() saw. Raises StateError, and changes nothing, where that was another device."""
         state.require(self.kind, 1)
         offered, accepted = state.integer("offered"), state.integer("accepted")
-        if offered != self._offered or accepted & ~offered and state.integer("status") & FEATURES_OK:
-            raise StateError(
-                f"{self.kind}: the state is of a device with features {offered:#x}, not {self._offered:#x}"
-            )
+        status = state.integer("status", high=_DRIVERS | NEEDS_RESET)
+        if offered != self._offered or (status & FEATURES_OK and accepted & ~offered):
+            raise StateError(f"{self.kind}: the state is of one with features {offered:#x}, not {self._offered:#x}")
         if state.blob("config", limit=LENGTH) != self.model.config():
             raise StateError(f"{self.kind}: the state is of a device of another size or geometry")
         selectors = {name: state.integer(name, high=_LOW) for name in _SELECTORS.values()}
-        status = state.integer("status", high=_DRIVERS | NEEDS_RESET)
         interrupt = state.integer("interrupt", high=USED_BUFFER | CONFIG_CHANGE)
         generation = state.integer("generation", high=_LOW)
         parts = state.parts("queues")

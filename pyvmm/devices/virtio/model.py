@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from pyvmm.errors import StateError
 from pyvmm.state import State
 
 TYPE_CHECKING = False
@@ -63,11 +62,3 @@ class Model:
 
     def close(self) -> None:
         """Gives back what it holds."""
-
-
-def text(state: State, name: str, limit: int = 256) -> str:
-    """Field `name` as a string; raises StateError otherwise."""
-    value = state.fields.get(name)
-    if not isinstance(value, str) or len(value) > limit:
-        raise StateError(f"{state.kind} state: field {name!r} is not a text")
-    return value

@@ -143,7 +143,7 @@ class Queue:
         before, new = self.given, self.given + 1 & _INDEX
         self._memory.write(Gpa(self.device + 2), new.to_bytes(2, "little"))
         self.given, self.taken = new, self.taken + 1 & _INDEX
-        # The driver writes what it wants, then looks at the index; we, the other way round, with a barrier as in take().
+        # The driver writes what it wants, then looks at the index; we, the other way round; the barrier is take()'s.
         try:
             if self.features & F_EVENT:
                 return self._word(self.driver + 4 + 2 * self.size) == before

@@ -96,7 +96,7 @@ class RawFile:
             rest, offset = rest[done:], offset + done
 
     def flush(self) -> None:
-        # An error is told by the kernel once, and what it stood for is lost: to say later that all is well would be a lie.
+        # The kernel tells an error once, and what it stood for is lost: to say later that all is well would be a lie.
         if self._unsure:
             raise OSError(errno.EIO, "an earlier flush has failed")
         try:

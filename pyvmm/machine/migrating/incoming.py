@@ -55,7 +55,8 @@ _WAIT = 0.5
 class Incoming(Session):
     """A guest that moves here, and the VM that it gets.
 
-    output, devices: as of VM(), and devices as the guest has that comes; built: called with the VM as soon as there is one, before anything comes; prepare: called when
+    output, devices: as of VM(), and devices as the guest has that comes;
+    built: called with the VM as soon as there is one, before anything comes; prepare: called when
     all is there that is to be there before its first instruction, while the guest runs nowhere; both on the session's
     thread, and an exception ends the migration; unit: how much a touch brings after the switch
     (pyvmm.memory.source.UNITS); tls; capture: a file in which what comes is recorded. Raises BadInput, HostError.
