@@ -51,7 +51,13 @@ def test_registers_are_whole_words(driver):
 
 @pytest.mark.parametrize(
     ("features", "taken"),
-    [(VERSION_1, True), (VERSION_1 | INDIRECT | EVENT, True), (0, False), (INDIRECT, False), (VERSION_1 | 1 << 40, False)],
+    [
+        (VERSION_1, True),
+        (VERSION_1 | INDIRECT | EVENT, True),
+        (0, False),
+        (INDIRECT, False),
+        (VERSION_1 | 1 << 40, False),
+    ],
 )
 def test_features_are_agreed_on_or_not(driver, features, taken):
     found = driver()
