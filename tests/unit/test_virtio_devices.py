@@ -193,7 +193,7 @@ def test_block_writes_and_reads(driver, image):
 
 
 def test_header_and_status_may_lie_anywhere(driver, image):
-    """Framing says nothing (2.7.4.1): the header in pieces, together with data; the status behind data in one buffer."""
+    """Framing says nothing (2.7.4.1): header and data in one buffer, data and status too."""
     found = driver(Block(RawFile(str(image))), FEATURES)
     found.memory.write(Gpa(DATA), struct.pack("<IIQ", block.OUT, 0, 3) + b"w" * 512)
     ring = found.rings[0]

@@ -53,7 +53,8 @@ _SELECTORS = {R_DEVICE_FEATURES_SEL: "device_sel", R_DRIVER_FEATURES_SEL: "drive
 
 class Mmio:
     """slot: its number among the VM's virtio devices; irq(level) follows its interrupt line, and must not call back;
-    on_trouble: see Worker. on_broken, an attribute: called once with what a driver did that none may, in a line."""
+    on_trouble: see Worker. on_broken, an attribute: called with what a driver did that none may, in a line; once,
+    since a guest may break rules as fast as it can."""
 
     def __init__(
         self,
@@ -69,6 +70,7 @@ class Mmio:
         self.on_broken: Callable[[str], None] = lambda line: None
         self.broken = ""
         """Why the device needs a reset, if it does."""
+        self._told = False
         self._offered = model.features | FEATURES
         self._irq = irq
         self._level = False
@@ -220,7 +222,9 @@ class Mmio:
         if self._status & DRIVER_OK:
             self._interrupt |= CONFIG_CHANGE
             self._update()
-        self.on_broken(f"{self.kind} stands until its driver resets it: {why}")
+        if not self._told:
+            self._told = True
+            self.on_broken(f"{self.kind} stands until its driver resets it: {why}")
 
     # ---- the worker ----
 

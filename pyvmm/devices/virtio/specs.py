@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from pyvmm._native import lib
 from pyvmm.errors import BadInput
 
 TYPE_CHECKING = False
@@ -54,6 +55,12 @@ def make(spec: str, output: Callable[[bytes], None]) -> Model:
     if name not in KINDS:
         raise BadInput(f"no device {name!r}: choose one of {', '.join(KINDS)}")
     return KINDS[name](rest, output)
+
+
+def linux_options(count: int) -> list[str]:
+    """What tells a Linux kernel (CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES) where a VM's virtio devices are."""
+    step, base = lib.PV_VIRTIO_STEP, lib.PV_VIRTIO_GPA
+    return [f"virtio_mmio.device={step >> 10}K@{base + slot * step:#x}:{irq_of(slot)}" for slot in range(count)]
 
 
 def irq_of(slot: int) -> int:
