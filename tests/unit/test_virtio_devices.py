@@ -173,7 +173,7 @@ def test_block_configuration(driver, image):
     found = driver(Block(RawFile(str(image))))
     read = found.device.read
     assert (read(0x100, 4), read(0x104, 4)) == (SECTORS, 0)
-    assert (read(0x10C, 4), read(0x114, 4), read(0x122, 2)) == (254, 512, 1)
+    assert (read(0x108, 4), read(0x10C, 4), read(0x114, 4), read(0x122, 2)) == (256 << 10, 254, 512, 1)
     assert (read(0x124, 4), read(0x128, 4), read(0x130, 4), read(0x134, 4), read(0x138, 1)) == (65536, 16, 65536, 16, 1)
     assert read(0x13C, 4) == read(0xFFC, 4) == 0
 
@@ -227,6 +227,16 @@ def test_block_requests_that_fail(driver, image, kind, sector, size, status):
     assert ask(found, kind, sector, (), writable)[0] == status
     assert found.device.model.counts["errors"] == (status != 0)
     assert ask(found, block.IN, 0, (), [(DATA, 512)])[0] == 0  # and it goes on
+
+
+def test_a_request_that_would_take_too_long(driver, tmp_path):
+    path = tmp_path / "large.img"
+    path.touch()
+    os.truncate(path, 128 << 20)
+    found = driver(Block(RawFile(str(path))), FEATURES, size=64)
+    buffers = [(1 << 20, 2 << 20)] * 32
+    assert ask(found, block.IN, 0, (), buffers[:31]) == (0, (62 << 20) + 1)
+    assert ask(found, block.IN, 0, (), buffers) == (1, 1)
 
 
 def test_a_disk_has_a_name(driver, image):

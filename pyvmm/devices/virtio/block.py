@@ -50,14 +50,16 @@ if TYPE_CHECKING:
 
 
 SECTOR = 512
-F_SEG_MAX, F_RO, F_BLK_SIZE, F_FLUSH, F_DISCARD, F_WRITE_ZEROES = (1 << bit for bit in (2, 5, 6, 9, 13, 14))
+F_SIZE_MAX, F_SEG_MAX, F_RO, F_BLK_SIZE = (1 << bit for bit in (1, 2, 5, 6))
+F_FLUSH, F_DISCARD, F_WRITE_ZEROES = (1 << bit for bit in (9, 13, 14))
 IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES = 0, 1, 4, 8, 11, 13
 """Types of requests."""
 OK, IOERR, UNSUPPORTED = 0, 1, 2
 """How a request ended."""
 ID_BYTES = 20
-MAX_SEGMENTS = 254
-"""Buffers that a driver should have in a request beside header and status."""
+MAX_SEGMENTS, MAX_SEGMENT = 254, 256 << 10
+"""Buffers of a request beside header and status, and bytes of each. More than all of them together have is refused,
+since who pauses the VM waits for the request at hand."""
 MAX_RANGES = 16
 MAX_RANGE = 32 << 20 >> 9
 """Of discard and write-zeroes: ranges in one request, and sectors in one range."""
@@ -82,7 +84,7 @@ class Block(Model):
     def __init__(self, backend: Backend) -> None:
         super().__init__()
         self._backend = backend
-        self.features = F_SEG_MAX | F_BLK_SIZE | F_FLUSH
+        self.features = F_SIZE_MAX | F_SEG_MAX | F_BLK_SIZE | F_FLUSH
         self.features |= F_RO if backend.read_only else F_DISCARD | F_WRITE_ZEROES
         self.counts = dict.fromkeys(("reads", "writes", "flushes", "discards", "zeroes", "errors"), 0)
         self._kinds = {
@@ -97,7 +99,9 @@ class Block(Model):
     def config(self) -> bytes:
         # geometry and topology, which were not offered, are zeros; one queue; ranges may be given up by write-zeroes
         ranges = (0, 0, 0, 0, 0, 0) if self._backend.read_only else (MAX_RANGE, MAX_RANGES, 1, MAX_RANGE, MAX_RANGES, 1)
-        return _CONFIG.pack(self._backend.sectors, 0, MAX_SEGMENTS, 0, 0, 0, SECTOR, 0, 0, 0, 0, 0, 0, 1, *ranges)
+        return _CONFIG.pack(
+            self._backend.sectors, MAX_SEGMENT, MAX_SEGMENTS, 0, 0, 0, SECTOR, 0, 0, 0, 0, 0, 0, 1, *ranges
+        )
 
     def serve(self, index: int, queue: Queue, features: int) -> bool | None:
         chain = queue.take()
@@ -134,6 +138,8 @@ class Block(Model):
 
     def _require(self, sector: int, size: int) -> int:
         """Sectors of so many bytes, from `sector` on."""
+        if size > MAX_SEGMENTS * MAX_SEGMENT:
+            raise _Failed(IOERR)
         if size % SECTOR or sector + size // SECTOR > self._backend.sectors:
             raise _Failed(IOERR)
         return size // SECTOR

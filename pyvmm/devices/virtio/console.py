@@ -38,7 +38,7 @@ class VirtioConsole(Model):
         self._lock = Lock()
         self._input = bytearray()
         self._sent = 0
-        """Bytes of the request at hand that are out, if a page of the rest did not come: they must not go twice."""
+        """Bytes of the request at hand that are out: they must not go twice."""
 
     def config(self) -> bytes:
         return bytes(12)  # size and ports mean nothing without their features, and emerg_wr is to be written
@@ -86,10 +86,12 @@ class VirtioConsole(Model):
         chain = queue.take()
         if chain is None:
             return None
-        while self._sent < chain.readable.size:
+        if self._sent < chain.readable.size:
             data = chain.readable.part(self._sent, PIECE).read()
             self.output(data)
             self._sent += len(data)
+        if self._sent < chain.readable.size:
+            return False  # the rest with the next call: in between the device may be held
         wants = queue.give(chain.head, 0)
         self._sent = 0
         return wants
