@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from typing import Protocol
 
     from pyvmm.devices.virtio.queue import Buffers, Chain, Queue
-    from pyvmm.state import State
 
     class Backend(Protocol):
         """What keeps the sectors. All but `sectors` to `id` are called on the device's worker; ranges are within
@@ -209,10 +208,6 @@ class Block(Model):
 
     def release(self) -> None:
         self._backend.release()
-
-    def restore(self, state: State) -> None:
-        super().restore(state)
-        self._backend.activate()  # now, where it can still be refused: a source that has the guest has let go
 
     def close(self) -> None:
         self._backend.close()

@@ -43,7 +43,9 @@ class Model:
         """The driver has reset the device."""
 
     def activate(self) -> None:
-        """The guest is about to run here, maybe again. Raises BadInput, HostError where it must not."""
+        """The guest is about to run here, maybe again. Raises BadInput, HostError where it must not.
+
+        Not before: in a migration the source may still take it back, and needs then what it has let go."""
 
     def release(self) -> None:
         """Another process may run the guest, until activate()."""

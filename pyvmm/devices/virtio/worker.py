@@ -12,7 +12,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-LIMIT = 10.0
+LIMIT = 30.0
 """Until a device that is not through with one request is a fault of ours, or of the host."""
 
 
