@@ -11,6 +11,9 @@ GUEST("virtio", "drives a virtio device and checks what it does",
       "event=1 by the event index\n"
       "hostile=1 breaks the rules in one way after the other (with rng), and starts anew\n"
       "log=1 (with block) writes records in order, flushes each, and prints its number\n"
+      "at=ADDRESS step=BYTES places=N where to look for devices on another machine; wait=poll then\n"
+      "step=BYTES see at=\n"
+      "places=N see at=\n"
       "seed=N of what is written and where (default 1)\n");
 
 #define VECTOR 0x41
@@ -347,6 +350,9 @@ int guest_main(void)
     seed = option_number("seed", 1);
     state = seed;
     irq_init();
+    virtio_places.first = option_number("at", virtio_places.first);
+    virtio_places.step = (unsigned)option_at_most("step", virtio_places.step, PAGE_SIZE);
+    virtio_places.count = (unsigned)option_at_most("places", virtio_places.count, 64);
     if (!virtio_find(&device, id, (unsigned)option_number("n", 0)))
         refuse("no such virtio device: ", option("device", "rng"));
     uint64_t offered = virtio_offered(&device), features = 0;

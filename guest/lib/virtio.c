@@ -24,10 +24,13 @@
 #define FOUR 4
 #define PATIENCE_MS 10000
 
+struct virtio_places virtio_places = {PV_VIRTIO_GPA, PV_VIRTIO_STEP, PV_VIRTIO_SLOTS};
+
 bool virtio_find(struct virtio *device, unsigned id, unsigned n)
 {
-    for (unsigned slot = 0; slot < PV_VIRTIO_SLOTS; slot++) {
-        *device = (struct virtio){.base = PV_VIRTIO_GPA + (uint64_t)slot * PV_VIRTIO_STEP, .irq = PV_VIRTIO_IRQ(slot)};
+    for (unsigned slot = 0; slot < virtio_places.count; slot++) {
+        uint64_t base = virtio_places.first + (uint64_t)slot * virtio_places.step;
+        *device = (struct virtio){.base = base, .irq = PV_VIRTIO_IRQ(slot)};
         if (virtio_get(device, 0) == MAGIC && virtio_get(device, 4) == 2 && virtio_get(device, DEVICE) == id && n-- == 0)
             return true;
     }

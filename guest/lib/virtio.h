@@ -64,6 +64,12 @@ static inline void virtio_set(const struct virtio *device, unsigned reg, uint32_
     *(volatile uint32_t *)(device->base + reg) = value;
 }
 
+/* Where devices are; as guest/abi.h says, unless it is another machine's. Interrupts are pyvmm's. */
+struct virtio_places {
+    uint64_t first;
+    unsigned step, count;
+};
+extern struct virtio_places virtio_places;
 /* Finds the n-th device of that id, counted from 0. */
 bool virtio_find(struct virtio *device, unsigned id, unsigned n);
 uint64_t virtio_offered(const struct virtio *device);
