@@ -192,6 +192,7 @@ def test_nothing_is_served_before_driver_ok_or_after_an_error(driver):
     ring.offer(99)
     found.until(lambda: found.status & mmio.NEEDS_RESET)
     assert found.acknowledge() & mmio.CONFIG_CHANGE
+    found.memory.write(Gpa(ring.avail + 4 + 2), b"\0\0")  # repaired, and too late
     ring.post(writable=[(USED, 16)])
     found.device.hold()
     assert ring.given == 1
