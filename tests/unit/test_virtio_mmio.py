@@ -185,6 +185,7 @@ def test_nothing_is_served_before_driver_ok_or_after_an_error(driver):
     found.device.go()
     ring.post(writable=[(USED, 16)])
     found.device.hold()
+    assert not found.device._step()
     assert ring.given == 0
     found.device.go()
     found.set(mmio.R_STATUS, 0xF)
@@ -195,6 +196,7 @@ def test_nothing_is_served_before_driver_ok_or_after_an_error(driver):
     found.memory.write(Gpa(ring.avail + 4 + 2), b"\0\0")  # repaired, and too late
     ring.post(writable=[(USED, 16)])
     found.device.hold()
+    assert not found.device._step()
     assert ring.given == 1
     assert found.told == ["virtio-rng@0 stands until its driver resets it: descriptor 99 is available in a queue of 8"]
     found.start()  # and all is well
@@ -228,6 +230,7 @@ def test_a_reset_waits_for_the_request_at_hand(driver):
     assert given == 1
     found.set(mmio.R_QUEUE_NOTIFY, 0)
     found.device.hold()
+    assert not found.device._step()
     assert found.rings[0].given == given
 
 
