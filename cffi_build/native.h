@@ -126,6 +126,11 @@ int pv_wait_change(const uint64_t *at, int64_t timeout_ns) PV_CHECKED;
 /* Puts the file's first `size` bytes, shared, where pv_map mapped memory: the file then has its alignment. */
 int pv_map_file(void *address, size_t size, int fd) PV_CHECKED;
 /* Lets that process read our memory by process_vm_readv, where the kernel restricts it (Yama). 0: nobody. */
+/* Gives up the space behind a range of a file (PV_FILE_HOLE), or keeps it (PV_FILE_ZEROS); it reads as zeros then. The
+ * file keeps its size. */
+#define PV_FILE_HOLE 0
+#define PV_FILE_ZEROS 1
+int pv_clear_file(int fd, int how, uint64_t offset, uint64_t size) PV_CHECKED;
 int pv_allow_reader(int pid) PV_CHECKED;
 
 /* ---- bits.c: page bitmaps, one bit a small page of RAM ---- */

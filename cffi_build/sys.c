@@ -3,6 +3,7 @@
 #include "native.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <sys/ioctl.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
@@ -51,6 +52,12 @@ int pv_map_file(void *address, size_t size, int fd)
 {
     void *mapped = mmap(address, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, 0);
     return mapped == MAP_FAILED ? -errno : 0;
+}
+
+int pv_clear_file(int fd, int how, uint64_t offset, uint64_t size)
+{
+    int mode = FALLOC_FL_KEEP_SIZE | (how == PV_FILE_HOLE ? FALLOC_FL_PUNCH_HOLE : FALLOC_FL_ZERO_RANGE);
+    return fallocate(fd, mode, (off_t)offset, (off_t)size) ? -errno : 0;
 }
 
 int pv_allow_reader(int pid)

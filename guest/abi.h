@@ -13,6 +13,12 @@
 
 #define PV_MAX_CPUS 64
 
+/* ---- virtio-mmio: device n, of those that a VM was given, at PV_VIRTIO_GPA + n * PV_VIRTIO_STEP ---- */
+#define PV_VIRTIO_GPA 0xd0000000
+#define PV_VIRTIO_STEP 0x1000
+#define PV_VIRTIO_SLOTS 7
+#define PV_VIRTIO_IRQ(n) ((n) < 3 ? 5 + (n) : 6 + (n)) /* 5 to 12 without 8, which KVM keeps for a clock */
+
 /* ---- ELF note of owner "pyvmm": a line that says what the guest does, then a line an option ---- */
 #define PV_NOTE_ABOUT 1
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from typing import Any, Self
 
     from pyvmm.devices.serial import Serial
+    from pyvmm.devices.virtio.console import VirtioConsole
 
 ESCAPE = b"\x1d"
 """Ctrl-]: leaves the guest's console."""
@@ -51,7 +52,7 @@ class Console:
     is read. on_broken: called once when stdout is gone (EPIPE, EIO, ...); output is swallowed from then on.
     """
 
-    def __init__(self, serial: Serial, stdin_fd: int = 0, stdout_fd: int = 1) -> None:
+    def __init__(self, serial: Serial | VirtioConsole, stdin_fd: int = 0, stdout_fd: int = 1) -> None:
         self.on_leave: Callable[[], None] = _nothing
         self.on_broken: Callable[[], None] = _nothing
         self._serial = serial

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 
-from pyvmm.cli.run import Signals, check_seconds
+from pyvmm.cli.run import Signals, check_seconds, devices_of
 from pyvmm.console import Console
 from pyvmm.errors import EXIT_SIGNAL, EXIT_TIMEOUT, BadInput, GuestCrash, HostError, KernelError, PyvmmError
 from pyvmm.layout import MIB, PAGE_SIZE, parse_size
@@ -58,6 +58,7 @@ def restore(args: Arguments, progress: Progress | None = None) -> VM:
         populate=args.populate,
         pages=args.pages,
         track=track,
+        devices=devices_of(args),
         progress=progress,
     )
 

@@ -115,6 +115,13 @@ SNAPSHOT = (
     ),
 )
 
+# Virtio devices, in this order (pyvmm.cli.run.devices_of).
+DEVICES = (
+    Option("--rng", "a virtio device that gives random bytes", bool),
+    Option("--virtio-console", "a virtio console: what is typed goes there, what it says comes here", bool),
+    Option("--disk", "a virtio disk: a file or block device, with ,ro to be read alone", metavar="FILE", repeated=True),
+)
+
 # What every command takes that runs a guest in the foreground (pyvmm.cli.run.Session).
 GUEST = (
     _IMAGE,
@@ -126,6 +133,8 @@ GUEST = (
     Option("--initrd", "a file handed to the guest beside its image", metavar="FILE"),
     Option("--format", "pvh, multiboot, flat16 or flat64, where the file does not say", metavar="NAME"),
     Option("--at", "load address of a flat image, such as 0x7c00", metavar="ADDRESS"),
+    *DEVICES,
+    Option("--virtio-append", "tell a Linux guest, by its command line, where its virtio devices are", bool),
     _TIMEOUT,
 )
 
@@ -162,6 +171,7 @@ COMMANDS = (
         Option("--populate", "with --lazy: bring the working set before the first instruction", bool),
         Option("--map", "with --lazy: show where RAM is while it comes", bool),
         Option("--count", "as many VMs at once, each a clone that knows that it is one (default 1)", int, 1, "N"),
+        *DEVICES,
         _PAGES,
         _TIMEOUT,
         _STATS,
@@ -253,6 +263,7 @@ COMMANDS = (
             default="adaptive",
             choices=("adaptive", "page", "block", "large"),
         ),
+        *DEVICES,
         *_MOVING,
         _TIMEOUT,
         _STATS,

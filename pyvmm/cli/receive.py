@@ -9,7 +9,7 @@ import threading
 from contextlib import contextmanager
 
 from pyvmm.cli.moving import SCHEMA, check_options, print_report
-from pyvmm.cli.run import Shown
+from pyvmm.cli.run import Shown, devices_of
 from pyvmm.control.moving import Moving
 from pyvmm.errors import EXIT_FAILED, FetchError, MigrationError
 from pyvmm.machine import VM
@@ -79,7 +79,12 @@ class _Received(Shown):
     def make(self) -> VM:
         args = self.args
         self._incoming: Incoming = VM.receive(
-            str(self._address), tls=self._tls, unit=args.unit, built=self._built, capture=args.capture
+            str(self._address),
+            tls=self._tls,
+            unit=args.unit,
+            built=self._built,
+            capture=args.capture,
+            devices=devices_of(args),
         )
         self._moving.begin(lambda: self._incoming, side="destination")
         self._follower = threading.Thread(target=self._follow, name="migration events", daemon=True)

@@ -19,11 +19,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
     from types import FrameType, TracebackType
-    from typing import Self
+    from typing import Any, Self
 
     from pyvmm.cli.parse import Arguments
     from pyvmm.control.control import Control
     from pyvmm.control.moving import Moving
+    from pyvmm.devices.serial import Serial
+    from pyvmm.devices.virtio.console import VirtioConsole
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _BROKEN_PIPE = EXIT_SIGNAL + 13
@@ -79,9 +81,10 @@ class Session:
     def make(self) -> VM:
         """The VM, with its guest in it."""
         args = self.args
-        vm = VM(memory=args.mem, cpus=args.cpus, pages=args.pages, hugetlb=args.hugetlb)
+        devices = devices_of(args)
+        vm = VM(memory=args.mem, cpus=args.cpus, pages=args.pages, hugetlb=args.hugetlb, devices=devices)
         try:
-            vm.load(args.guest, args.append, args.initrd, args.format, _address(args.at))
+            vm.load(args.guest, _append(args, len(devices)), args.initrd, args.format, _address(args.at))
         except BaseException:
             vm.close()
             raise
@@ -122,8 +125,12 @@ class Session:
 
     def _run(self, vm: VM) -> int:
         args = self.args
-        with Console(vm.serial, _usable_stdin(), self.stdout) as console:
-            vm.serial.output = console.output
+        typed, *others = _consoles(vm)
+        with Console(typed, _usable_stdin(), self.stdout) as console:
+            for each in (typed, *others):
+                each.output = console.output
+            for device in vm.virtio:
+                device.on_broken = _tell
             console.on_leave = lambda: self.stop(vm, 0)
             console.on_broken = lambda: self.stop(vm, _BROKEN_PIPE)
 
@@ -267,6 +274,30 @@ def check_seconds(option: str, seconds: float) -> None:
     """Raises BadInput for what is no time to wait."""
     if not 0 < seconds < 1e9:
         raise BadInput(f"{option} {seconds:g}: give seconds above 0")
+
+
+def devices_of(args: Arguments) -> list[str]:
+    """What --rng, --virtio-console and --disk ask for, as VM() takes it."""
+    disks = [f"block:{disk}" for disk in args.disk]
+    return ["rng"] * args.rng + ["console"] * args.virtio_console + disks
+
+
+def _append(args: Arguments, devices: int) -> str:
+    if not args.virtio_append:
+        return str(args.append)
+    from pyvmm.devices.virtio.specs import linux_options
+
+    return " ".join(filter(None, (args.append, *linux_options(devices))))
+
+
+def _consoles(vm: VM) -> list[Serial | VirtioConsole]:
+    """Those that a guest may print to; the first one gets what is typed."""
+    found: list[Any] = [device.model for device in vm.virtio if device.model.name == "console"]
+    return [*found, vm.serial]
+
+
+def _tell(line: str) -> None:
+    print(f"pyvmm: {line}", file=sys.stderr, flush=True)
 
 
 def _address(text: str | None) -> int | None:

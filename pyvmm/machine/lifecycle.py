@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pyvmm.explain import ExitFacts
+    from pyvmm.machine.board import Board
     from pyvmm.vcpu import Vcpu
 
 
@@ -39,8 +40,9 @@ class Lifecycle:
     """The threads of a VM's vCPUs. `paused`: parked, or about to be; `outcome`: what ended the guest, if anything has:
     a RunResult, a Crash, or the exception that ended a vCPU's thread; `trouble`: why hold() paused it, if it did."""
 
-    def __init__(self, vcpus: list[Vcpu]) -> None:
+    def __init__(self, vcpus: list[Vcpu], board: Board) -> None:
         self._vcpus = vcpus
+        self._board = board  # its devices run and rest with the vCPUs
         self._lock = threading.Lock()
         self._pausing = threading.Lock()  # held until all are parked, so that a resume() comes before or after
         self._closed = False
@@ -75,6 +77,7 @@ class Lifecycle:
             if trouble is not None:
                 self._news.clear()
                 raise trouble
+            self._board.go()
             self._alive = len(self._vcpus)
             for vcpu in self._vcpus:
                 vcpu.start(on_exit, self._on_thread_end)
@@ -103,6 +106,7 @@ class Lifecycle:
             for vcpu in self._vcpus if self.paused else ():
                 with suppress(HostError):
                     vcpu.wait_parked(_HOLD_LIMIT)
+            self._board.ask()
             self._news.set()
 
     def pause(self) -> float:
@@ -131,12 +135,18 @@ class Lifecycle:
                 self._await_parked(vcpu)
             if not self.paused:
                 self._ended.wait()  # the threads are through, and only have to say so
+            self._board.hold()
         return time.perf_counter() - begin
 
     def bar(self, why: str) -> None:
         """Nobody may start or resume the vCPUs any more: another process may run the guest. "": they may again."""
         with self._pausing, self._lock:
             self._barred = why
+
+    def release(self) -> None:
+        """After pause_for_good(): what the devices are kept in may be another process's, until resume(). Raises
+        HostError."""
+        self._board.release()
 
     def leave(self) -> None:
         """The guest runs elsewhere: here it has ended."""
@@ -148,6 +158,7 @@ class Lifecycle:
             if self._closed or self.outcome is not None or not self.started:
                 return
             self.paused = True
+            self._board.ask()
             for vcpu in self._vcpus:
                 vcpu.request_pause()
 
@@ -184,6 +195,8 @@ class Lifecycle:
                 raise LifecycleError("the VM is not paused")
             if self._barred:
                 raise LifecycleError(self._barred)
+            if self.outcome is None:
+                self._board.go()
             self.paused = False
             trouble, self.trouble = self.trouble, None
             if trouble is not None:
@@ -197,6 +210,7 @@ class Lifecycle:
         with self._lock:
             if self.outcome is None:
                 self.outcome = outcome
+            self._board.ask()
             for vcpu in () if self._closed else self._vcpus:  # a closed vCPU has no shared area to write to any more
                 vcpu.request_stop()
 
@@ -212,9 +226,10 @@ class Lifecycle:
                     let_go()
 
     def close(self, let_go: Callable[[], None]) -> None:
-        """Ends the guest, if nothing has yet. The vCPUs may be closed then."""
+        """Ends the guest, if nothing has yet, and its devices. The vCPUs may be closed then."""
         self.end(RunResult("stopped", 0))
         self.join(let_go)
+        self._board.close(let_go)
         with self._lock:
             self._closed = True
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 from pyvmm._native import ffi, lib
-from pyvmm.errors import BadInput, LifecycleError
+from pyvmm.errors import BadInput, FetchError, LifecycleError
 from pyvmm.kvm import Kvm
 from pyvmm.layout import PAGE_SIZE, Gpa, Hva, format_size, parse_size
 from pyvmm.machine import loader
@@ -22,11 +22,12 @@ from pyvmm.vcpu.registers import read_registers, set_entry, write_registers
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from types import TracebackType
     from typing import Self, Unpack
 
     from pyvmm.devices.serial import Serial
+    from pyvmm.devices.virtio.mmio import Mmio
     from pyvmm.errors import PyvmmError
     from pyvmm.machine.incremental import Base
     from pyvmm.machine.migrating.incoming import Incoming, ReceiveOptions
@@ -49,7 +50,8 @@ class VM:
 
     memory: size of RAM, bytes or "256M"; cpus: vCPUs, 1 to 64; pages, hugetlb: see GuestMemory;
     output: called with what the guest prints (bytes), on a vCPU's thread; without one it is kept in `printed`;
-    dirty_ring: entries of each vCPU's dirty ring, a power of two, for trace("ring"), which then is the only tracker.
+    dirty_ring: entries of each vCPU's dirty ring, a power of two, for trace("ring"), which then is the only tracker;
+    devices: virtio devices in the order of their addresses, such as "rng", "console", "block:FILE", "block:FILE,ro".
     Raises BadInput for values that cannot be, HostError where the host cannot.
     """
 
@@ -61,6 +63,7 @@ class VM:
         hugetlb: bool = False,
         output: Callable[[bytes], None] | None = None,
         dirty_ring: int = 0,
+        devices: Sequence[str] = (),
     ) -> None:
         size = parse_size(memory)
         if not 1 <= cpus <= lib.PV_MAX_CPUS:
@@ -94,7 +97,11 @@ class VM:
             self._fd.create_irqchip()
             self._fd.create_pit2()
             self._ports = ffi.new("struct pv_ports *")
-            self._board = Board(Wires(output or self._capture, self._irq_line, self._on_exit_port), self._ports)
+            wires = Wires(
+                output or self._capture, self._irq_line, self._on_exit_port, self.memory, self._on_device_trouble
+            )
+            self._board = Board(wires, self._ports, devices)
+            stack.callback(self._board.close, self.memory.close_engine)  # should there never be a Lifecycle
             self._exits = Exits(self._board.ports, self._board.mmio, self._on_crash)
             self.vcpus: list[Vcpu] = []
             mmap_size = kvm.vcpu_mmap_size()
@@ -110,7 +117,7 @@ class VM:
                 first = self.vcpus[0].fd
                 lapic = first.get_struct("KVM_GET_LAPIC", "struct kvm_lapic_state")
                 first.set_struct("KVM_SET_LAPIC", "struct kvm_lapic_state", lapic)
-            self._life = Lifecycle(self.vcpus)
+            self._life = Lifecycle(self.vcpus, self._board)
             stack.callback(self.memory.close_engine)
             stack.callback(self._life.close, self.memory.close_engine)
             self.memory.on_engine = self._on_engine
@@ -284,6 +291,11 @@ class VM:
         return self._board.devices["serial"]  # type: ignore[return-value]
 
     @property
+    def virtio(self) -> list[Mmio]:
+        """The virtio devices, in the order of their addresses; the `model` of each is what kind it is."""
+        return self._board.virtio
+
+    @property
     def printed(self) -> str:
         """What the guest printed, where no `output` was given: at most the last MiB."""
         return self._capture.text().decode("utf-8", "replace")
@@ -444,6 +456,12 @@ class VM:
 
     def _on_exit_port(self, status: int) -> None:
         self._life.end(RunResult("exit", status))
+
+    def _on_device_trouble(self, trouble: BaseException) -> None:
+        if isinstance(trouble, FetchError):
+            self.hold(trouble)
+        else:
+            self._life.end(trouble)
 
     def _on_crash(self, vcpu: Vcpu, kind: str) -> None:
         from pyvmm.explain import ExitFacts

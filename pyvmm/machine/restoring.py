@@ -14,7 +14,7 @@ from pyvmm.vcpu.registers import saved_registers
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from typing import TypedDict
 
     from pyvmm.machine.machine import VM
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         pages: Pages
         output: Callable[[bytes], None] | None
         track: str | None
+        devices: Sequence[str]
         progress: Progress | None
 
 
@@ -56,6 +57,7 @@ def restore(
     pages: Pages = "auto",
     output: Callable[[bytes], None] | None = None,
     track: str | None = None,
+    devices: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> VM:
     """A new VM from a file, not started.
@@ -66,7 +68,8 @@ def restore(
     first touches is kept for vm.restored.working_set() (then there is no fill).
     generation: tell the guest that it is another one now, and give it a new seed (pyvmm.machine.generation); else RAM
     is exactly as it was.
-    pages, output: as of VM(); with pages="auto" a block that was small at the source and holds little stays so.
+    pages, output, devices: as of VM(), and devices as the VM had that was saved;
+    with pages="auto" a block that was small at the source and holds little stays so.
     track: traces with this tracker, such as "bitmap", what changes, so that a snapshot can have this one as its parent.
     progress: told (bytes read, of how many). Raises SnapshotError for a file that is damaged, foreign or of another
     version, FetchError where the block with the progress page is; where another one is found damaged only later, the
@@ -82,7 +85,7 @@ def restore(
     try:
         if (prefetch or populate) and not snapshot.header.sections["wset"].length:
             raise BadInput(f"{path} has no working set: restore it once with record")
-        vm = build(memory=snapshot.memory_size, cpus=_cpus(snapshot), pages=pages, output=output)
+        vm = build(memory=snapshot.memory_size, cpus=_cpus(snapshot), pages=pages, output=output, devices=devices)
     except BaseException:
         snapshot.close()
         raise

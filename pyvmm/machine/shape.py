@@ -10,7 +10,7 @@ from pyvmm.vcpu.state import KIND, VERSION
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from pyvmm.kvm import VmFd
     from pyvmm.machine.board import Board
@@ -46,10 +46,21 @@ def _note(state: State, states: dict[str, int]) -> None:
             _note(value, states)  # type: ignore[arg-type]
 
 
-def build(kind: type[VM], shape: Shape, output: Callable[[bytes], None] | None = None) -> VM:
-    """A VM of that shape. Raises MigrationError, in words for the other side, where this host has none such."""
+def build(
+    kind: type[VM], shape: Shape, output: Callable[[bytes], None] | None = None, devices: Sequence[str] = ()
+) -> VM:
+    """A VM of that shape, with these devices (as VM() takes them).
+
+    Raises MigrationError, in words for the other side, where this host has none such."""
     try:
-        vm = kind(memory=shape.memory, cpus=shape.cpus, pages=shape.backing, hugetlb=shape.hugetlb, output=output)  # type: ignore[arg-type]
+        vm = kind(
+            memory=shape.memory,
+            cpus=shape.cpus,
+            pages=shape.backing,  # type: ignore[arg-type]
+            hugetlb=shape.hugetlb,
+            output=output,
+            devices=devices,
+        )
     except PyvmmError as error:
         raise MigrationError(f"a VM of that shape cannot be made here: {error}") from None
     found = differences(shape, vm.shape())

@@ -195,6 +195,10 @@ class GuestMemory:
                 return region.offset + distance
         raise MemoryAccessError(f"{gpa.value:#x}+{size:#x} is not (wholly) RAM: the VM has {self.describe()}")
 
+    def is_ram(self, address: int, size: int) -> bool:
+        """Are these bytes of guest-physical space all RAM? Any numbers from 0 on can be asked about."""
+        return any(region.gpa.value <= address <= address + size <= region.end.value for region in self.regions)
+
     def describe(self) -> str:
         """The RAM ranges, for people."""
         return ", ".join(f"{region.gpa.value:#x}..{region.end.value:#x}" for region in self.regions)

@@ -19,7 +19,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 OUT = ROOT / "out" / "fuzz"
-PYTHON_TARGETS = ("frames", "shape", "capture", "snapshot", "image", "destination")
+PYTHON_TARGETS = ("frames", "shape", "capture", "snapshot", "image", "destination", "virtio")
 # What each is made of, and a macro that one of these needs.
 C_TARGETS = {
     "stream": ("checksum.c", "bits.c", "stream.c"),

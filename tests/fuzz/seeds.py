@@ -9,6 +9,7 @@ import struct
 import tempfile
 from contextlib import suppress
 
+from fuzz_virtio import FEED, GET, HALF, MOVE, PUT, SERVE, SET, step
 from snapshot_files import AVAILABLE, PAGES, Forge, put, save
 from test_image_builders import build_elf, note, pvh_note
 from test_image_hostile import VALID
@@ -257,6 +258,52 @@ def with_symbols() -> bytes:
     return ident + head + b"".join(parts) + b"".join(rows)
 
 
+# ---- virtio ----
+
+
+def _virtio(kind: int, features: int, requests: list[tuple]) -> bytes:
+    """A driver that does all as it should. requests: queue, then for each descriptor address, bytes, flags but NEXT,
+    and what is put there: (8 bytes, 4 bytes) after each other."""
+    out = [step(GET, 0), step(SET, 0x70, c=1), step(SET, 0x70, c=3)]
+    for half in (0, 1):
+        out += [step(SET, 0x24, c=half), step(SET, 0x20, c=features >> 32 * half & 0xFFFF_FFFF)]
+    out.append(step(SET, 0x70, c=11))
+    for queue in range(2 if kind == 1 else 1):
+        base = 0x10000 + 0x4000 * queue
+        out += [step(SET, 0x30, c=queue), step(SET, 0x38, c=8), step(SET, 0x80, c=base)]
+        out += [step(SET, 0x90, c=base + 0x1000), step(SET, 0xA0, c=base + 0x2000), step(SET, 0x44, c=1)]
+    out += [step(SET, 0x70, c=15), step(FEED, 50)]
+    for posted, (queue, *parts) in enumerate(requests):
+        base = 0x10000 + 0x4000 * queue
+        for index, (address, size, flags, *given) in enumerate(parts):
+            at, more = base + 16 * index, index + 1 < len(parts)
+            out += [step(PUT, at, address, size), step(HALF, at + 12, c=flags | more), step(HALF, at + 14, c=index + 1)]
+            out += [step(PUT, address + 12 * n, b, c) for n, (b, c) in enumerate(given)]
+        out += [step(HALF, base + 0x1004 + 2 * posted, c=0), step(HALF, base + 0x1002, c=posted + 1)]
+        out += [step(SET, 0x50, c=queue), step(SERVE), step(GET, 0x60), step(SET, 0x64, c=1)]
+    out += [step(MOVE), step(SET, 0x70, c=0)]
+    return bytes((kind,)) + b"".join(out)
+
+
+def virtio() -> list[bytes]:
+    """Each device at work, with and without the features of rings."""
+    plain, rings = 1 << 32, 1 << 32 | 3 << 28
+    found = []
+    for features in (plain, rings):
+        found.append(_virtio(0, features, [(0, (0x30000, 100, 2)), (0, (0x30000, 1, 2), (0x30100, 64, 2))]))
+        found.append(_virtio(1, features, [(0, (0x30000, 100, 2))]))
+        found.append(_virtio(1, features, [(1, (0x30000, 64, 0))]))
+    # a table of one descriptor: address and size, then flags and next one
+    found.append(_virtio(0, rings, [(0, (0x34000, 16, 4, (0x30000, 100), (2, 0)))]))
+    for kind, sector, size in ((1, 3, 512), (0, 3, 512), (4, 0, 0), (8, 0, 20), (0, 63, 1024), (9, 0, 512)):
+        data = [(0x31000, size, 0 if kind == 1 else 2)] if size else []
+        found.append(_virtio(2, plain | 1 << 9, [(0, (0x30000, 16, 0, (kind, sector)), *data, (0x33000, 1, 2))]))
+    for kind in (11, 13):
+        parts = ((0x30000, 16, 0, (kind, 0)), (0x31000, 16, 0, (5, 2)), (0x33000, 1, 2))
+        found.append(_virtio(2, plain | 3 << 13, [(0, *parts)]))
+    return found
+
+
 SEEDS: dict[str, Callable[[], list[bytes]]] = {
     "frames": frame_streams,
     "shape": shapes,
@@ -266,4 +313,5 @@ SEEDS: dict[str, Callable[[], list[bytes]]] = {
     "stream": page_streams,
     "blocks": block_maps,
     "destination": destinations,
+    "virtio": virtio,
 }

@@ -14,7 +14,7 @@ import pytest
 FUZZ = Path(__file__).parents[1] / "fuzz"
 sys.path.append(str(FUZZ))
 
-ROUNDS = {"frames": 500, "shape": 800, "capture": 500, "snapshot": 150, "image": 800, "destination": 400}
+ROUNDS = {"frames": 500, "shape": 800, "capture": 500, "snapshot": 150, "image": 800, "destination": 400, "virtio": 600}
 
 
 @pytest.fixture(params=ROUNDS)

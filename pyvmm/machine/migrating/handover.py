@@ -85,6 +85,7 @@ class Handover:
         self._paused = True
         if vm.ended:
             raise MigrationError("the guest has ended meanwhile")
+        vm.life.release()
         self._part("pause")
         self._decision.set("offered")
         goes = not postcopy and precopy.last(control)

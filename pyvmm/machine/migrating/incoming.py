@@ -28,7 +28,7 @@ from pyvmm.migration.transport import listen as listen_at
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from typing import TypedDict
 
     from pyvmm.machine.machine import VM
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         unit: str
         tls: Tls | None
         capture: str | None
+        devices: Sequence[str]
 
 
 _WAIT = 0.5
@@ -54,7 +55,8 @@ _WAIT = 0.5
 class Incoming(Session):
     """A guest that moves here, and the VM that it gets.
 
-    output: as of VM(); built: called with the VM as soon as there is one, before anything comes; prepare: called when
+    output, devices: as of VM(), and devices as the guest has that comes;
+    built: called with the VM as soon as there is one, before anything comes; prepare: called when
     all is there that is to be there before its first instruction, while the guest runs nowhere; both on the session's
     thread, and an exception ends the migration; unit: how much a touch brings after the switch
     (pyvmm.memory.source.UNITS); tls; capture: a file in which what comes is recorded. Raises BadInput, HostError.
@@ -74,6 +76,7 @@ class Incoming(Session):
         unit: str = "adaptive",
         tls: Tls | None = None,
         capture: str | None = None,
+        devices: Sequence[str] = (),
     ) -> None:
         super().__init__("migration in")
         if unit not in UNITS:
@@ -83,6 +86,7 @@ class Incoming(Session):
         self._built = built
         self._prepare = prepare
         self._unit = unit
+        self._devices = tuple(devices)
         self._tls = tls
         self._vm: VM | None = None
         self._running = threading.Event()
@@ -181,7 +185,7 @@ class Incoming(Session):
         control = Control(connection, order)
         control.start()
         try:
-            vm = self._vm = build(self._kind, decode_shape(hello.shape), self._output)
+            vm = self._vm = build(self._kind, decode_shape(hello.shape), self._output, self._devices)
         except Exception as met:
             error = as_ours(met)
             control.refuse(str(error))

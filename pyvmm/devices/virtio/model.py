@@ -1,0 +1,66 @@
+# model.py: what a kind of virtio device is to the transport.
+"""`Model`: the base of rng, console, block and what follows."""
+
+from __future__ import annotations
+
+from pyvmm.state import State
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pyvmm.devices.virtio.queue import Queue
+
+
+class Model:
+    """A kind of device. serve() is called on the worker's thread, which may wait for memory and for files; no other
+    method is called meanwhile, but for config() and those that a model says any thread may call.
+
+    name, id: by which people and drivers know it (virtio 1.2, section 5); features: that it offers, but for those of
+    transport and queues; queues: how many.
+    """
+
+    name = ""
+    id = 0
+    features = 0
+    queues = 1
+
+    def __init__(self) -> None:
+        self.kick: Callable[[], None] = lambda: None
+        """Call it when something came that serve() has waited for."""
+
+    def config(self) -> bytes:
+        """The configuration space that drivers read."""
+        return b""
+
+    def serve(self, index: int, queue: Queue, features: int) -> bool | None:
+        """Does one request of a queue, with these features negotiated. Does the driver want an interrupt? None: nothing
+        was to be done. Raises RingError; FetchError, after which the same request is served once more, from the start.
+        """
+        raise NotImplementedError
+
+    def reset(self) -> None:
+        """The driver has reset the device."""
+
+    def activate(self) -> None:
+        """The guest is about to run here, maybe again. Raises BadInput, HostError where it must not.
+
+        Not before: in a migration the source may still take it back, and needs then what it has let go."""
+
+    def release(self) -> None:
+        """Another process may run the guest, until activate()."""
+
+    def save(self) -> State:
+        """What is not in the guest's memory."""
+        return State(f"virtio-{self.name}", 1, {})
+
+    def restore(self, state: State) -> None:
+        """Becomes what save() saw. Raises StateError, and stays as it is, if `state` does not fit."""
+        self.require(state)
+
+    def require(self, state: State) -> None:
+        """Raises StateError for the state of another kind."""
+        state.require(f"virtio-{self.name}", 1)
+
+    def close(self) -> None:
+        """Gives back what it holds."""
