@@ -174,11 +174,11 @@ def test_every_operation_finds_the_block_as_it_was(made, how, operation):
 
 
 @pytest.mark.parametrize("call", ["move", "copy", "protect", "register", "drop", "scan", "collapse", "populate"])
-@pytest.mark.parametrize("skip", range(4))
-@pytest.mark.parametrize("error", [errno.EAGAIN, errno.ENOMEM])
+@pytest.mark.parametrize("skip", range(2))
 @pytest.mark.parametrize("how", [0, MOVE])
 @pytest.mark.parametrize("moment", ["begin", "touch", "limit", "end", "install"])
-def test_no_failure_loses_a_byte(made, call, skip, error, how, moment):
+def test_no_failure_loses_a_byte(made, call, skip, how, moment):
+    error = errno.ENOMEM
     own = made(how)
     inject = lambda: own.lib.fake_inject(CALLS.index(call), skip, 0, error, 1000)  # noqa: E731
     if moment == "begin":
