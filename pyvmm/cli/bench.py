@@ -30,10 +30,11 @@ BENCHMARKS = {
     "migrate": "a guest moves to another process: speed, downtime, its work, large pages",
     "populate": "a guest's first pass over memory that was populated before, or not",
     "storage": "a snapshot file written and read with each codec: plain write() and read() of the same bytes",
+    "activity": "active blocks found by sampling: precision, recall, what it costs the guest",
     "swap": "pages to the swap file and back, beside pwrite() and preadv() of the same bytes",
 }
 # Those that have measure(quick=True): little memory and few rounds.
-QUICK = ("traces", "faults", "idle", "restore", "blocks", "save", "streams", "migrate", "populate", "swap")
+QUICK = ("traces", "faults", "idle", "restore", "blocks", "save", "streams", "migrate", "populate", "swap", "activity")
 
 
 def run(args: Arguments) -> int:

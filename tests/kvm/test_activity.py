@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import errno
+import json
+import os
 import random
+import subprocess
+import sys
 import time
 
 import pytest
@@ -14,6 +18,9 @@ from pyvmm._native import ffi, lib
 from pyvmm.errors import MemoryAccessError
 from pyvmm.layout import BLOCK_SIZE, MIB, PAGE_SIZE
 from pyvmm.memory.activity import Sampler, WorkingSet
+from pyvmm.memory.reclaim.policy import find
+from pyvmm.memory.reclaim.simulator import simulate
+from pyvmm.memory.reclaim.trace import load
 from pyvmm.memory.swap import Swap
 from pyvmm.pytest_plugin import needs
 from pyvmm.testing.hotcold_model import HotCold, phase
@@ -136,7 +143,9 @@ def test_the_guest_and_its_large_pages_do_not_notice(vm, cpus, way):
     mapped = machine.mappings()["pages_2m"]
     machine.resume()
     with Sampler(machine.memory, **EAGER) as sampler:
-        until(lambda: sampler.counts().ended > (100 if way == "move" else 30) and sampler.counts().active > 5, "samples")
+        until(
+            lambda: sampler.counts().ended > (100 if way == "move" else 30) and sampler.counts().active > 5, "samples"
+        )
     counts = sampler.counts()
     assert counts.failed == 0
     passes(machine, 2)
@@ -367,3 +376,54 @@ def test_random_order_meets_all_blocks_alike(vm):
     assert min(seen) >= 4
     assert BLOCK_SIZE * len(seen) == 16 * MIB
     judge(machine)
+
+
+# ---- the command ----
+
+
+def command(*arguments, status=0):
+    done = subprocess.run(
+        [sys.executable, "-m", "pyvmm", "activity", *arguments],
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False, env={**os.environ, "COLUMNS": "80"},
+    )  # fmt: skip
+    assert done.returncode == status, (done.stdout, done.stderr)
+    return done
+
+
+QUICK = ("--mem", "32M", "--seconds", "0.6", "--window", "0.02", "--share", "0.5", "--budget", "1")
+
+
+def test_the_command_shows_a_map_and_records_a_trace(tmp_path):
+    trace = tmp_path / "a.trace"
+    done = command("hotcold", *QUICK, "--append", "ms=100000", "--record-trace", str(trace))
+    lines = done.stdout.splitlines()
+    assert [line[:11].strip() for line in lines[:4]] == ["watched", "working set", "cost", "guest"]
+    assert any(line.startswith("pages touched, when it was last looked:") for line in lines)
+    assert "hotcold: 14 blocks, 3 hot" in done.stderr
+    found = load(str(trace))
+    assert found.pages == 32 * MIB // PAGE_SIZE
+    assert len(found) > 0
+    assert {event.block for _, event in found.events} <= set(range(16))
+    assert simulate(found, find("activity"), 4 * BLOCK).faults > 0
+
+
+def test_the_command_gives_data():
+    found = json.loads(command("hotcold", *QUICK, "--full", "--order", "clock", "--json", "--cpus", "2").stdout)
+    assert found["samples"] > 0
+    assert found["counts"]["failed"] == 0
+    assert found["working_set"]["low"] <= found["working_set"]["pages"] <= found["working_set"]["high"]
+    assert len(found["heat"]["touched"]) == 16
+    assert found["slower"] is not None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("hello",), "the guest ended before any block was watched: give one that runs on, such as hotcold"),
+        (("hotcold", "--share", "2"), "a share of 2 of the blocks: give more than 0, and at most 1"),
+        (("hotcold", "--record-trace", "/"), "--record-trace /: give a file in a directory that is there"),
+        (("hotcold", "--seconds", "0"), "--seconds 0: give seconds above 0"),
+    ],
+)
+def test_what_is_wrong_is_one_line(arguments, text):
+    assert command(*arguments, status=2).stderr.splitlines()[-1] == f"pyvmm: {text}"

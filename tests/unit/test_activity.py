@@ -88,7 +88,9 @@ def test_the_last_sample_of_a_block_counts_and_old_ones_do_not():
     assert found.estimate(1, 31.0).pages == BLOCK_PAGES
 
 
-@pytest.mark.parametrize(("freedom", "right"), [(1, 12.706), (2, 4.303), (3, 3.182), (5, 2.571), (29, 2.045), (1000, 1.962)])
+@pytest.mark.parametrize(
+    ("freedom", "right"), [(1, 12.706), (2, 4.303), (3, 3.182), (5, 2.571), (29, 2.045), (1000, 1.962)]
+)
 def test_students_quantiles(freedom, right):
     assert student(freedom) == pytest.approx(right, rel=0.006)
 
@@ -100,6 +102,7 @@ def test_a_heat_map_has_means_and_gaps():
         found.add(block, touched, at)
     assert found.span == (0.0, 3.0)
     assert found.cells(2, 3) == [[20, None, None], [None, 7, 9]]
+    assert found.held(2, 3) == [[20, 20, 20], [None, 7, 9]]
     assert found.cells(1, 1) == [[14]]
     assert found.first_blocks(2) == [0, 4]
     assert [found.first_blocks(3)[row * 3 // 8] <= row for row in range(8)] == [True] * 8

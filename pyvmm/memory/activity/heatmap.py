@@ -46,6 +46,14 @@ class HeatMap:
             counts[row][column] += 1
         return [_means(*row) for row in zip(sums, counts, strict=True)]
 
+    def held(self, rows: int, columns: int) -> list[list[float | None]]:
+        """The same, but where nothing was looked at, a cell has what was seen before."""
+        cells = self.cells(rows, columns)
+        for row in cells:
+            for column in range(1, columns):
+                row[column] = row[column - 1] if row[column] is None else row[column]
+        return cells
+
     def first_blocks(self, rows: int) -> list[int]:
         """The first block of each of so many rows."""
         return [-(-row * self.blocks // rows) for row in range(rows)]

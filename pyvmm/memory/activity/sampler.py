@@ -283,5 +283,3 @@ def _check_options(window: float, share: float, threshold: int, order: str, budg
         raise BadInput(f"a budget of {budget:g} of the guest's time: give more than 0, and at most 1")
     if cpus < 1:
         raise BadInput(f"{cpus} vCPUs: give 1 or more")
-
-
