@@ -1,8 +1,8 @@
 # activity.py: how well a guest's active blocks are found, and what that costs it (measure P13). Units: %, seconds.
 """The guest hotcold, watched in turn by activity sampling, by what one would do without it, and not at all.
 
-Truth is the guest's own: it counts in a table what it writes to each page. Work: a second, without the time in which other
-programs had its CPU, over that of the stretch just before in which nobody watched it.
+Truth is the guest's own: it counts in a table what it writes to each page. Work: a second, without the time in which
+other programs had its CPU, over that of the stretch just before in which nobody watched it.
 """
 
 from __future__ import annotations

@@ -160,7 +160,7 @@ class _Activity(Session):
             self._show(vm, self._counts, self._estimate)
 
     def _waited(self, counts: SamplerCounts) -> float:
-        return counts.waited / (self._watched * self.args.cpus)
+        return float(counts.waited / (self._watched * self.args.cpus))
 
     def _show(self, vm: VM, counts: SamplerCounts, estimate: Estimate) -> None:
         output, args = Output(), self.args

@@ -1,4 +1,4 @@
-# heat.py: a map of activity for people: blocks by time, drawn by rich. Knows no VM. Units: pages of 4 KiB, blocks of 2 MiB.
+# heat.py: a map of activity for people: blocks by time, drawn by rich. Knows no VM. Units: small pages, 2 MiB blocks.
 """`HeatPicture`: how many pages of which blocks were touched when. Says without colours the same as with them."""
 
 from __future__ import annotations

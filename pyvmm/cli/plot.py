@@ -65,7 +65,7 @@ def draw(path: str, title: str, stages: Sequence[Stage], regions: Sequence[Regio
 
 
 def draw_heat(path: str, title: str, heat: HeatMap, address: Callable[[int], int]) -> None:
-    """Writes a PNG: blocks by time, how many of their pages were touched. Raises BadInput where it cannot be written."""
+    """Writes a PNG: blocks by time, how many of their pages were touched. Raises BadInput where that cannot be."""
     rows = min(heat.blocks, _HEAT_ROWS)
     cells = np.array([[np.nan if each is None else each for each in row] for row in heat.held(rows, _HEAT_COLUMNS)])
     figure = Figure((_WIDTH, 5.5), layout="constrained")

@@ -1,4 +1,4 @@
-# test_activity.py: the working set from samples against populations that are known, the heat map, options. Needs no KVM.
+# test_activity.py: the working set from samples of populations that are known, the heat map, options. Needs no KVM.
 from __future__ import annotations
 
 import random

@@ -34,8 +34,8 @@ class HeatMap:
         return (min(times), max(times)) if times else (0.0, 0.0)
 
     def cells(self, rows: int, columns: int) -> list[list[float | None]]:
-        """The map in so many rows, of blocks that follow each other, and columns, of equal time: pages touched, the mean
-        of a cell's samples, None where there is none."""
+        """The map in so many rows, of blocks that follow each other, and columns, of equal time: pages touched, on
+        average of a cell's samples, None where there is none."""
         first, last = self.span
         sums = [[0.0] * columns for _ in range(rows)]
         counts = [[0] * columns for _ in range(rows)]

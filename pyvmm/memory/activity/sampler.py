@@ -31,8 +31,8 @@ _LEAST_TICK = 0.002
 _TRIES = 64
 """Blocks that are tried for one that can be sampled, in a tick."""
 _FAULT_NS, _BLOCK_NS = 90_000, 50_000
-"""What a touch costs its vCPU besides the answer (the exit, the way to the thread that answers and back, the mapping made
-anew), and what a sample does, as measured with shadow paging: elsewhere it is less, so that no budget is exceeded."""
+"""What a touch costs its vCPU besides the answer (the exit, the way to the thread that answers and back, the mapping
+made anew), and what a sample does, as measured with shadow paging: elsewhere it is less, and so the budget is kept."""
 _SAVED_UP = 0.25
 """Seconds of which the budget may be spent at once."""
 _CANNOT = (-errno.EBUSY, -errno.ENXIO, -errno.EALREADY)
@@ -59,8 +59,8 @@ class Sampler:
     """Watches blocks of `memory`, at most `share` of them at a time, each for `window` seconds.
 
     A block of which `threshold` pages are touched is active, and no longer watched from that moment on: so a hot block
-    costs as many faults and no more; full: watch it to the end, and count all its pages. order: "random", as an estimate
-    of the working set needs it, or "clock", one after the other. budget: the share of vCPUs' time that faults of the
+    costs as many faults and no more; full: watch it to the end, and count all its pages. order: "random", as estimates
+    of the working set need it, or "clock", one after the other. budget: the share of vCPUs' time that faults of the
     sampling may take. cpus: vCPUs; paused: does the guest stand (then no window goes on)? seed: of the order.
 
     on_sample(block, touched, active): called for each sample with a bit a page; not for those that were broken off
@@ -211,10 +211,9 @@ class Sampler:
 
     def _end(self, block: int) -> None:
         keep = True
-        if self.decide is not None and self._state(block) == lib.PV_SAMPLE_RUNNING:
-            if self._engine.call(lib.pv_sample_look, block, self._told) == 0:
-                active = self._told.touched >= self.threshold
-                keep = active or bool(self.decide(block, _bits(self._told)))
+        if self.decide is not None and self._engine.call(lib.pv_sample_look, block, self._told) == 0:
+            active = self._told.touched >= self.threshold or self._told.state != lib.PV_SAMPLE_RUNNING
+            keep = active or bool(self.decide(block, _bits(self._told)))
         if not self._finish(block, keep):
             return
         active = self._told.state == lib.PV_SAMPLE_ACTIVE or self._told.touched >= self.threshold

@@ -1,5 +1,5 @@
-# working_set.py: how much memory a guest uses, told from samples of a part of it. Units: pages of 4 KiB, blocks of 2 MiB,
-# seconds.
+# working_set.py: how much memory a guest uses, told from samples of a part of it. Units: pages of 4 KiB, blocks of
+# 2 MiB, seconds.
 """`WorkingSet` collects samples, `Estimate` is what they say of all blocks together."""
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _half_width(values: list[int], mean: float, blocks: int) -> tuple[float, flo
 
 
 def student(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t: exact for one and two degrees of freedom, else by the expansion in 1 / freedom
+    """The 97.5 % quantile of Student's t: exact for one and two degrees of freedom, else by an expansion in 1 / freedom
     (Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.5), right to 0.5 % from three on."""
     if freedom < 1:
         raise BadInput(f"{freedom} degrees of freedom: give 1 or more")
@@ -104,4 +104,4 @@ def student(freedom: int) -> float:
         (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
         (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
     )
-    return sum(term / freedom**power for power, term in enumerate(terms))
+    return float(sum(term / freedom**power for power, term in enumerate(terms)))
