@@ -307,6 +307,7 @@ struct pv_sample_counts {
     uint64_t touches;            /* pages that were brought */
     uint64_t touch_ns;           /* in which vCPUs waited for these, from where their faults were read */
     uint64_t moved_ns;           /* in which blocks were moved aside and back; in part of touch_ns too */
+    uint64_t aside;              /* pages that are aside for that now: as good as in the guest */
 };
 
 /* Moves a large page aside, so that each touch of a page of it is noted; once `limit` pages have been, it is back in the

@@ -74,6 +74,7 @@ static int end_sample(struct pv_engine *engine, uint64_t block, uint32_t state, 
     struct sample *own = &engine->samples[block];
     uint64_t begin = pv_now();
     own->told.nanoseconds = begin - own->begun;
+    count_up(&engine->sampling.aside, -(uint64_t)block_away(engine, block));
     __atomic_store_n(&own->told.state, state, __ATOMIC_RELAXED);
     int answer = keep ? take_back(engine, block) : 0;
     if (!keep || answer) {
@@ -119,6 +120,7 @@ int bring_sampled(struct pv_engine *engine, uint64_t page)
     if (error)
         return end_by_touch(engine, page, PV_SAMPLE_BROKEN_OFF);
     page_set(engine, page, PV_HOME_PRESENT);
+    count_up(&engine->sampling.aside, -1ull);
     span_release(engine, page, 1, false);
     return PV_ANSWER_PAGES;
 }
@@ -152,6 +154,7 @@ static int begin_locked(struct pv_engine *engine, uint64_t block, uint32_t limit
     }
     engine->samples[block] = (struct sample){.begun = pv_now(), .limit = limit, .told.state = PV_SAMPLE_RUNNING};
     block_flags(engine, block, PV_BLOCK_SAMPLED, PV_BLOCK_ASIDE_LARGE);
+    count_up(&engine->sampling.aside, PV_BLOCK_PAGES);
     return 0;
 }
 
