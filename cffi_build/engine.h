@@ -299,6 +299,7 @@ struct pv_sample {
     uint64_t bits[PV_BLOCK_PAGES / 64]; /* touched pages */
     uint64_t nanoseconds;               /* that it has gone on, or did */
     uint32_t touched, state;            /* how many; PV_SAMPLE_* */
+    uint64_t small;                     /* it has ended, and the kernel made small pages of it on the way back */
 };
 
 struct pv_sample_counts {

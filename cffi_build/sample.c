@@ -84,6 +84,7 @@ static int end_sample(struct pv_engine *engine, uint64_t block, uint32_t state, 
         answer = bring_block(engine, first_page(block));
         block_flags(engine, block, 0, PV_BLOCK_SAMPLED); /* only now: what comes is not noted as touched */
     }
+    own->told.small = keep && answer != PV_ANSWER_BLOCK && answer != PV_ANSWER_COLLAPSED;
     count_up(&engine->sampling.ended, 1);
     count_up(&engine->sampling.active, state == PV_SAMPLE_ACTIVE);
     count_up(&engine->sampling.broken_off, state == PV_SAMPLE_BROKEN_OFF);

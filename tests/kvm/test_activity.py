@@ -216,6 +216,19 @@ def test_cold_blocks_stay_aside_and_go_out_to_swap(vm, tmp_path):
     swap.close()
 
 
+def test_a_limit_is_kept_while_blocks_are_sampled(vm):
+    """What is aside to be watched is neither taken for what goes out, nor for what has come back."""
+    machine = working(vm, "48M", "order=random zeros=100", pages="2m")
+    machine.memory.limit = 36 * MIB
+    reclaimer = machine.memory.reclaimer
+    with Sampler(machine.memory, window=0.01, share=0.25, budget=1) as sampler:
+        until(lambda: sampler.counts().begun > 30 or machine.ended, "samples")
+        passes(machine, 1)
+    assert reclaimer.settled()
+    assert reclaimer.trouble == ""
+    judge(machine)
+
+
 def test_a_cold_block_with_touched_pages_loses_the_others_alone(vm):
     machine = working(vm, "16M", pages="2m")
     assert begin(machine, 3) == 0

@@ -60,7 +60,7 @@ void pv_engine_unpin(struct pv_engine *engine, uint64_t page, uint64_t count);
 int pv_engine_split(struct pv_engine *engine, uint64_t block);
 int pv_engine_merge(struct pv_engine *engine, uint64_t block);
 int pv_engine_break(struct pv_engine *engine, uint64_t block);
-struct pv_sample { uint64_t bits[8]; uint64_t nanoseconds; uint32_t touched, state; };
+struct pv_sample { uint64_t bits[8]; uint64_t nanoseconds; uint32_t touched, state; uint64_t small; };
 int pv_sample_begin(struct pv_engine *engine, uint64_t block, uint32_t limit);
 int pv_sample_look(struct pv_engine *engine, uint64_t block, struct pv_sample *out);
 int pv_sample_state(struct pv_engine *engine, uint64_t block);

@@ -8,6 +8,7 @@ import errno
 import random
 import threading
 import time
+from contextlib import suppress
 
 from pyvmm._native import ffi, lib
 from pyvmm.errors import BadInput, HostError, MemoryAccessError
@@ -33,6 +34,7 @@ _TRIES = 64
 _FAULT_NS, _BLOCK_NS = 90_000, 50_000
 """What a touch costs its vCPU besides the answer (the exit, the way to the thread that answers and back, the mapping
 made anew), and what a sample does, as measured with shadow paging: elsewhere it is less, and so the budget is kept."""
+_LAST_TRIES = 5
 _SAVED_UP = 0.25
 """Seconds of which the budget may be spent at once."""
 _CANNOT = (-errno.EBUSY, -errno.ENXIO, -errno.EALREADY)
@@ -101,6 +103,7 @@ class Sampler:
         self._paused = paused
         self._next = self._in_order(order, seed)
         self._running: dict[int, float] = {}  # blocks, and when their window is over
+        self._small: set[int] = set()  # blocks that came back as small pages
         self._told = ffi.new("struct pv_sample *")
         self._native = ffi.new("struct pv_sample_counts *")
         self._before: float | None = None  # the last tick
@@ -131,6 +134,9 @@ class Sampler:
         with self._ticking:
             for block in list(self._running):
                 self._finish(block, keep=True)
+            with suppress(MemoryAccessError):
+                for _ in range(_LAST_TRIES):
+                    self._merge()
         error, self._error = self._error, None
         if error is not None:
             raise error
@@ -174,7 +180,17 @@ class Sampler:
             for block, until in list(self._running.items()):
                 if now >= until or self._state(block) != lib.PV_SAMPLE_RUNNING:
                     self._end(block)
+            self._merge()
             self._begin(now)
+
+    def _merge(self) -> None:
+        """The kernel may have had a page in use, or no large page: once more, unless somebody wants it small now."""
+        for block in list(self._small):
+            if (
+                self._engine.call(lambda native, block=block: _is_split(native, block))
+                or self._engine.call(lib.pv_engine_merge, block) == 0
+            ):
+                self._small.discard(block)
 
     def _earn(self, passed: float) -> None:
         """What may begin now, and be spent for it."""
@@ -228,6 +244,8 @@ class Sampler:
         except MemoryAccessError:  # the VM is closed
             return False
         self._failed += result not in (0, -errno.ENOENT)
+        if result != -errno.ENOENT and self._told.small:
+            self._small.add(block)
         return result != -errno.ENOENT
 
     def _state(self, block: int) -> int:
@@ -263,6 +281,10 @@ class Sampler:
         running = set(self._running)
         looks = self._engine.looks()
         return len(running) + sum(look == "large" and block not in running for block, look in enumerate(looks))
+
+
+def _is_split(native: CData, block: int) -> bool:
+    return bool(int(lib.pv_engine_blocks(native)[block]) & lib.PV_BLOCK_SMALL)
 
 
 def _bits(told: CData) -> int:
