@@ -18,6 +18,7 @@ SOURCES = (
     "run.c", "map.c", "sys.c", "bits.c", "ring.c", "bare.c", "measure.c",
     "engine.c", "pagemap.c", "uffd.c", "fault.c", "install.c", "remove.c", "assign.c", "blocks.c", "unit.c", "coarse.c",
     "limit.c",
+    "sample.c",
     "live.c", "live_block.c", "live_drain.c", "filehome.c",
     "checksum.c", "codec.c", "pack.c", "unpack.c", "load.c",
     "stream.c", "peerhome.c", "inbox.c", "serve.c",

@@ -47,10 +47,11 @@ int pv_engine_open(uint8_t *ram, uint64_t size, uint64_t small_blocks, struct pv
     pthread_cond_init(&engine->fail_news, NULL);
     engine->page_words = map_zeros(engine->pages * sizeof(uint64_t));
     engine->block_words = map_zeros(engine->blocks * sizeof(uint64_t));
+    engine->samples = map_zeros(engine->blocks * sizeof(struct sample));
     engine->spans = calloc((size >> SPAN_SHIFT) + 1, sizeof(struct span));
     engine->pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
     int error = engine->pagemap < 0 ? -errno : 0;
-    if (error || !engine->page_words || !engine->block_words || !engine->spans) {
+    if (error || !engine->page_words || !engine->block_words || !engine->samples || !engine->spans) {
         pv_engine_close(engine);
         return error ? error : -ENOMEM;
     }
@@ -90,6 +91,8 @@ void pv_engine_close(struct pv_engine *engine)
         munmap(engine->page_words, engine->pages * sizeof(uint64_t));
     if (engine->block_words)
         munmap(engine->block_words, engine->blocks * sizeof(uint64_t));
+    if (engine->samples)
+        munmap(engine->samples, engine->blocks * sizeof(struct sample));
     free(engine->spans);
     free(engine->trace.marks);
     free(engine->trace.streaks);

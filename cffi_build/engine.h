@@ -37,6 +37,7 @@
 #define PV_BLOCK_UNITS (1u << 6)          /* some of its pages are, or were, in a home that gathers */
 #define PV_BLOCK_TOUCHED (1u << 7)        /* and one such page has been touched */
 #define PV_BLOCK_PIECES (1u << 10)        /* it came whole and soon went again: touches bring parts of it, until it is dense */
+#define PV_BLOCK_SAMPLED (1u << 8)        /* aside as one large page; those PRESENT are copies of it: sample.c */
 #define PV_BLOCK_AWAY_SHIFT 16            /* pages away, 0 to 512: 10 bits */
 #define PV_BLOCK_PINS_SHIFT 32            /* holders of a view, or copies under way: nothing is removed meanwhile */
 
@@ -286,6 +287,42 @@ void pv_trace_put_back(struct pv_engine *engine, const uint64_t *bits);
 int pv_trace_stop(struct pv_engine *engine) PV_CHECKED;
 /* Blocks that are refined, one byte each, and counts. */
 void pv_trace_look(struct pv_engine *engine, struct pv_trace_stats *out, uint8_t *refined);
+
+/* ---- sample.c: how active large blocks are (technique T8, US9501422B2, US9330015B2) ---- */
+
+#define PV_SAMPLE_NONE 0
+#define PV_SAMPLE_RUNNING 1    /* of one that has ended: at the end of its window */
+#define PV_SAMPLE_ACTIVE 2     /* ended by its limit */
+#define PV_SAMPLE_BROKEN_OFF 3 /* ended by whoever needed the block, as it was before */
+
+struct pv_sample {
+    uint64_t bits[PV_BLOCK_PAGES / 64]; /* touched pages */
+    uint64_t nanoseconds;               /* that it has gone on, or did */
+    uint32_t touched, state;            /* how many; PV_SAMPLE_* */
+    uint64_t small;                     /* it has ended, and the kernel made small pages of it on the way back */
+};
+
+struct pv_sample_counts {
+    uint64_t begun, ended;
+    uint64_t active, broken_off; /* of these */
+    uint64_t touches;            /* pages that were brought */
+    uint64_t touch_ns;           /* in which vCPUs waited for these, from where their faults were read */
+    uint64_t moved_ns;           /* in which blocks were moved aside and back; in part of touch_ns too */
+    uint64_t aside;              /* pages that are aside for that now: as good as in the guest */
+};
+
+/* Moves a large page aside, so that each touch of a page of it is noted; once `limit` pages have been, it is back in the
+ * guest (0: no limit). -EALREADY: it is sampled, or its last sample has not been ended; -EBUSY: pinned, in use, or a
+ * coarse trace runs; -ENXIO: it is not a large page now. -EOPNOTSUPP: the kernel does not tell large pages. */
+int pv_sample_begin(struct pv_engine *engine, uint64_t block, uint32_t limit) PV_CHECKED;
+/* How a sample is, that has begun and has not been ended: 0, or -ENOENT. */
+int pv_sample_look(struct pv_engine *engine, uint64_t block, struct pv_sample *out) PV_CHECKED;
+/* Its state alone, at once. */
+int pv_sample_state(const struct pv_engine *engine, uint64_t block) PV_CHECKED;
+/* Ends one: 0 and what it has seen, -ENOENT, or another -errno, with *out too: the large page did not come back. keep: the
+ * block is a large page in the guest again; else pages that were not touched stay aside. */
+int pv_sample_end(struct pv_engine *engine, uint64_t block, int keep, struct pv_sample *out) PV_CHECKED;
+void pv_sample_counts(struct pv_engine *engine, struct pv_sample_counts *out);
 
 /* ---- live.c: all RAM as it was at one instant, while the guest runs on ---- */
 

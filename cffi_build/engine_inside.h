@@ -65,10 +65,19 @@ struct limit {
     struct pv_limit_told told;
 };
 
+/* A block's last sample (sample.c), under its lock. */
+struct sample {
+    uint64_t begun; /* pv_now() */
+    uint32_t limit;
+    struct pv_sample told;
+};
+
 struct pv_engine {
     uint8_t *ram, *aside, *staging, *zero;
     uint64_t size, pages, blocks;
     uint64_t *page_words, *block_words;
+    struct sample *samples; /* one a block; costs nothing where there was none */
+    struct pv_sample_counts sampling; /* by atomic additions */
     struct pv_home homes[PV_HOMES];
 
     int uffd, aside_uffd, pagemap, wake; /* wake: an eventfd that ends the thread */
@@ -135,9 +144,12 @@ static inline uint32_t pages_of_block(const struct pv_engine *engine, uint64_t b
 
 /* ---- pagemap.c: words, locks, and what the kernel has mapped ---- */
 
-/* Whoever locks a block may change what it holds, or where that is: while a live save runs, it is saved first. */
+/* Whoever locks a block may change what it holds, or where that is: while a live save runs, it is saved first; if it is
+ * sampled, that ends. */
 void block_lock(struct pv_engine *engine, uint64_t block);
-/* Without that: for the live save itself. */
+/* The same, but a block that is sampled stays so: for touches, and the sampling itself. */
+void block_lock_as_is(struct pv_engine *engine, uint64_t block);
+/* Without all that: for the live save itself. */
 void block_lock_plain(struct pv_engine *engine, uint64_t block);
 bool block_trylock_plain(struct pv_engine *engine, uint64_t block) PV_CHECKED;
 void block_unlock(struct pv_engine *engine, uint64_t block);
@@ -236,6 +248,13 @@ int bring_units(struct pv_engine *engine, uint64_t page, uint32_t count);
 int bring_whole(struct pv_engine *engine, uint64_t page);
 /* Pages of the locked block have come. */
 void note_recorded(struct pv_engine *engine, uint64_t page, uint32_t count);
+
+/* ---- sample.c ---- */
+
+/* Called by block_lock() with the lock held: a block that is sampled is made as it was. */
+void sample_before(struct pv_engine *engine, uint64_t block);
+/* A touch of a page of a sampled block that is away. Answer or -errno. */
+int bring_sampled(struct pv_engine *engine, uint64_t page);
 
 /* ---- coarse.c: around whatever makes pages appear in the guest ---- */
 

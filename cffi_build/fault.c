@@ -64,8 +64,9 @@ static void serve(struct pv_engine *engine, const struct uffd_msg *message, uint
     others.unit.count = 0;
     if (page_home(engine, page) != PV_HOME_PRESENT && page_home(engine, page) != PV_HOME_ASIDE)
         limit_wait(engine, page);
-    block_lock(engine, block);
+    block_lock_as_is(engine, block);
     uint32_t home = page_home(engine, page);
+    bool sampled = block_word(engine, block) & PV_BLOCK_SAMPLED;
     if (engine->page_words[page] & PV_PAGE_FAILED) {
         block_unlock(engine, block);
         (void)!usleep(FAILED_US);
@@ -73,7 +74,7 @@ static void serve(struct pv_engine *engine, const struct uffd_msg *message, uint
         return;
     }
     if (home != PV_HOME_PRESENT) {
-        answer = bring_touched(engine, page, &others);
+        answer = sampled ? bring_sampled(engine, page) : bring_touched(engine, page, &others);
         /* A writer held by protection while its page was taken out waits for this page and is woken by its arrival;
          * so is every other that waits for a page of what arrived. */
     } else if (flags & UFFD_PAGEFAULT_FLAG_WP) {
@@ -85,6 +86,8 @@ static void serve(struct pv_engine *engine, const struct uffd_msg *message, uint
         fail(engine, page, -answer);
     block_unlock(engine, block);
     bring_others(engine, &others);
+    if (sampled)
+        count_up(&engine->sampling.touch_ns, pv_now() - begin);
     note(engine, home, answer, message->arg.pagefault.feat.ptid, pv_now() - begin);
 }
 

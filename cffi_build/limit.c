@@ -130,7 +130,8 @@ static bool within(const struct limit *limit, uint64_t since, uint64_t quarters)
 void limit_came_whole(struct pv_engine *engine, uint64_t block)
 {
     struct limit *limit = &engine->limit;
-    if (load(&limit->most) != UINT64_MAX)
+    bool sampled = block_word(engine, block) & PV_BLOCK_SAMPLED; /* it was there all the time */
+    if (load(&limit->most) != UINT64_MAX && !sampled)
         limit->whole_at[block] = load(&limit->clock) + 1;
 }
 

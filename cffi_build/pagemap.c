@@ -66,12 +66,18 @@ void block_lock_plain(struct pv_engine *engine, uint64_t block)
     }
 }
 
-void block_lock(struct pv_engine *engine, uint64_t block)
+void block_lock_as_is(struct pv_engine *engine, uint64_t block)
 {
     block_lock_plain(engine, block);
     block_find(engine, block);
     if (live_on(engine))
         live_before(engine, block);
+}
+
+void block_lock(struct pv_engine *engine, uint64_t block)
+{
+    block_lock_as_is(engine, block);
+    sample_before(engine, block);
 }
 
 void block_unlock(struct pv_engine *engine, uint64_t block)

@@ -260,9 +260,10 @@ int pv_engine_fill(struct pv_engine *engine, uint64_t page, uint64_t count)
 
 void note_recorded(struct pv_engine *engine, uint64_t page, uint32_t count)
 {
+    bool sampled = block_word(engine, page / PV_BLOCK_PAGES) & PV_BLOCK_SAMPLED; /* was there before */
     for (uint32_t i = 0; i < count; i++) {
         uint32_t home = page_home(engine, page + i);
-        if (home == PV_HOME_PRESENT || (count == PV_BLOCK_PAGES && home == PV_HOME_ZERO))
+        if (home == PV_HOME_PRESENT || sampled || (count == PV_BLOCK_PAGES && home == PV_HOME_ZERO))
             continue;
         uint64_t at = __atomic_fetch_add(&engine->recorded, 1, __ATOMIC_RELAXED);
         if (at < engine->record_room)

@@ -52,6 +52,11 @@ def _thread_seconds(vm: VM) -> float:
     return sum(running for running, _ in _vcpus(vm))
 
 
+def vcpus_waited(vm: VM) -> float:
+    """Seconds in which a vCPU, on average, was ready to run and had no CPU, since they began."""
+    return sum(waiting for _, waiting in _vcpus(vm)) / len(vm.vcpus)
+
+
 def seconds_without_cpu(vm: VM) -> float:
     """Time in which a vCPU or the calling thread was ready to run and had no CPU, since they began: grows by what other
     programs do to a measurement."""

@@ -31,10 +31,24 @@ BENCHMARKS = {
     "populate": "a guest's first pass over memory that was populated before, or not",
     "storage": "a snapshot file written and read with each codec: plain write() and read() of the same bytes",
     "reclaim": "a guest in a half of its memory: its speed and refaults, by who chooses what leaves",
+    "activity": "active blocks found by sampling: precision, recall, what it costs the guest",
     "swap": "pages to the swap file and back, beside pwrite() and preadv() of the same bytes",
 }
 # Those that have measure(quick=True): little memory and few rounds.
-QUICK = ("traces", "faults", "idle", "restore", "blocks", "save", "streams", "migrate", "populate", "reclaim", "swap")
+QUICK = (
+    "traces",
+    "faults",
+    "idle",
+    "restore",
+    "blocks",
+    "save",
+    "streams",
+    "migrate",
+    "populate",
+    "reclaim",
+    "activity",
+    "swap",
+)
 
 
 def run(args: Arguments) -> int:

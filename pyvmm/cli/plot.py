@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import numpy as np
 
+from pyvmm.cli.heat import BLOCK_PAGES, LEVELS
 from pyvmm.cli.picture import KINDS, map_rows
 from pyvmm.errors import BadInput
 from pyvmm.layout import BLOCK_SIZE, GIB, MIB
 
 try:
-    from matplotlib.colors import ListedColormap
+    from matplotlib.colors import BoundaryNorm, ListedColormap
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 except ImportError:
@@ -18,13 +19,14 @@ except ImportError:
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from matplotlib.axes import Axes
     from numpy.typing import NDArray
 
     from pyvmm.cli.picture import Stage
     from pyvmm.layout import Region
+    from pyvmm.memory.activity import HeatMap
 
 _NUMBERS = {kind: number for number, kind in enumerate(KINDS)}
 _WIDTH, _MARGINS = 10.0, 2.0
@@ -33,6 +35,7 @@ _LEAST_ACROSS = 32
 _GAP = 0.08
 """Between cells, of a cell's width, unless they are too tiny for one."""
 _TINY = 0.05
+_HEAT_ROWS, _HEAT_COLUMNS = 128, 160
 _LABELS = 8
 """So many addresses are written beside a map at most, and one more for each region."""
 
@@ -58,6 +61,30 @@ def draw(path: str, title: str, stages: Sequence[Stage], regions: Sequence[Regio
     found = {look for stage in stages for look in stage.looks}
     patches = [Patch(facecolor=kind.colour, label=name) for name, kind in KINDS.items() if name in found]
     figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False)
+    _save(figure, path)
+
+
+def draw_heat(path: str, title: str, heat: HeatMap, address: Callable[[int], int]) -> None:
+    """Writes a PNG: blocks by time, how many of their pages were touched. Raises BadInput where that cannot be."""
+    rows = min(heat.blocks, _HEAT_ROWS)
+    cells = np.array([[np.nan if each is None else each for each in row] for row in heat.held(rows, _HEAT_COLUMNS)])
+    figure = Figure((_WIDTH, 5.5), layout="constrained")
+    axis = figure.subplots()
+    first, last = heat.span
+    colours = BoundaryNorm([*LEVELS, BLOCK_PAGES], 256)
+    edges = np.linspace(0, max(last - first, 1e-3), _HEAT_COLUMNS + 1)
+    drawn = axis.pcolormesh(edges, np.arange(rows + 1), np.ma.masked_invalid(cells), cmap="viridis", norm=colours)
+    axis.invert_yaxis()
+    addresses: list[int | None] = [address(block) for block in heat.first_blocks(rows)]
+    labelled = _labelled(addresses)
+    axis.set_yticks([row + 0.5 for row, _ in labelled], [text for _, text in labelled])
+    axis.set_xlabel("seconds")
+    axis.set_title(title, loc="left", fontsize=10)
+    figure.colorbar(drawn, label="pages touched, of 512")
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: str) -> None:
     try:
         figure.savefig(path, format="png", dpi=120)
     except OSError as error:

@@ -4,13 +4,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import time
 from collections import Counter, deque
 
-from pyvmm._native import ffi
-from pyvmm.errors import HostError, PyvmmError
+from pyvmm._native import ffi, lib
+from pyvmm.errors import HostError, PyvmmError, check
 from pyvmm.layout import BLOCK_SIZE, PAGE_SIZE, Gpa
 from pyvmm.memory.trace.coarse import Coarse
 from pyvmm.record import Record
@@ -270,6 +271,25 @@ class Subject:
         if self._trace is not None:
             self._trace.collect().mark(ffi.from_buffer("uint64_t[]", self.dirty))
 
+    def sample(self, operation: Operation) -> None:
+        """Watches some blocks for a moment, and gives them up or has them back, as `value` says. What was touched is
+        no more than what is there then."""
+        told, watched = ffi.new("struct pv_sample *"), []
+        rng = random.Random(operation.value)
+        first = operation.block
+        for block in {first, *(rng.randrange(self.pages // BLOCK_PAGES) for _ in range(4))}:
+            begun = self.engine.call(lib.pv_sample_begin, block, rng.choice((0, 1, 8, 32)))
+            if begun == 0:
+                watched.append(block)
+            elif begun not in (-errno.EBUSY, -errno.ENXIO, -errno.EINVAL):  # EINVAL: the last one is no whole block
+                raise Wrong(f"block {block} cannot be sampled: {os.strerror(-begun)}")
+        self.refused[operation.kind] += not watched
+        time.sleep(rng.random() / 500)
+        for block in watched:
+            check(self.engine.call(lib.pv_sample_end, block, rng.random() < 0.6, told), "pv_sample_end", block=block)
+            if sum(each.bit_count() for each in told.bits) != told.touched:
+                raise Wrong(f"block {block}: {told.touched} pages touched, and other bits")
+
     def stop_trace(self) -> None:
         """Ends a trace, where there is one."""
         if self._trace is not None:
@@ -371,5 +391,6 @@ KINDS = {
     "trace": Kind(3, "none", Subject.trace, here=True),
     "limit": Kind(1, "none", lambda s, o: s.store.limit(o.value)),
     "snapshot": Kind(0.2, "none", _snapshot, here=True),
+    "sample": Kind(4, "block", Subject.sample),
     "migrate": Kind(0.4, "none", _migrate),
 }  # fmt: skip

@@ -95,6 +95,10 @@ RESULTS = {
         ("half zeros data: size of the file", "raw"),
     ],
     "swap": [("out", "swap, unchanged"), ("in", "preadv")],
+    "activity": [
+        ("the guest's work, of that while nobody watches", "sampled"),
+        ("large pages kept", "broken to small pages"),
+    ],
 }
 
 
@@ -129,7 +133,7 @@ def test_data(name):
             assert qemu.QEMU is None
             continue
         assert min(each["values"]) <= each["median"] <= max(each["values"])
-        assert each["unit"] in ("s", "%", "M/s", "MiB/s", "GB/s", "MiB", "reads", "faults", "% large", "x")
+        assert each["unit"] in ("s", "%", "M/s", "MiB/s", "GB/s", "MiB", "reads", "faults", "% large", "x", "blocks/s")
 
 
 @pytest.mark.parametrize("name", QUICK)

@@ -677,7 +677,7 @@ void fake_values(struct pv_engine *engine, uint64_t *values)
 int fake_check(struct pv_engine *engine, uint64_t users, uint64_t pins, char *text, size_t size)
 {
     static uint64_t ram[MOST], aside[MOST], staging[MOST];
-    uint64_t homes[PV_HOMES] = {0}, away = 0, pinned = 0, kept = 0;
+    uint64_t homes[PV_HOMES] = {0}, away = 0, pinned = 0, kept = 0, watched = 0;
     entries(ram, &areas[0]);
     entries(aside, &areas[1]);
     entries(staging, &areas[2]);
@@ -686,7 +686,8 @@ int fake_check(struct pv_engine *engine, uint64_t users, uint64_t pins, char *te
         homes[own]++;
         away += own != PV_HOME_PRESENT;
         MUST(own == PV_HOME_PRESENT || !ram[page], "page %lu is away (%u) and in the guest", page, own);
-        MUST((own == PV_HOME_ASIDE) == !!aside[page], "page %lu has home %u, and the aside area %d", page, own,
+        bool sampled = engine->block_words[page / PV_BLOCK_PAGES] & PV_BLOCK_SAMPLED; /* its pages are copies */
+        MUST((own == PV_HOME_ASIDE || sampled) == !!aside[page], "page %lu has home %u, and the aside area %d", page, own,
              !!aside[page]);
         /* OPEN, ARMED, SAVED: 0, 1, 2 */
         uint8_t state = engine->live.states ? engine->live.states[page / PV_BLOCK_PAGES] : 0;
@@ -710,9 +711,16 @@ int fake_check(struct pv_engine *engine, uint64_t users, uint64_t pins, char *te
         MUST(!(word & (PV_BLOCK_LOCKED | PV_BLOCK_WAITED)), "block %lu is locked", block);
         MUST(gone || !(word & (PV_BLOCK_UNITS | PV_BLOCK_TOUCHED)), "block %lu has units, and all of it is there", block);
         users += (word & PV_BLOCK_PENDING) != 0;
+        watched += word & PV_BLOCK_SAMPLED ? gone : 0;
+        MUST(!(word & PV_BLOCK_SAMPLED) || !(word & PV_BLOCK_ASIDE_LARGE), "block %lu is sampled, and aside", block);
+        MUST(!(word & PV_BLOCK_SAMPLED) || !block_pins(engine, block), "block %lu is sampled, and pinned", block);
+        MUST(!(word & PV_BLOCK_SAMPLED) || engine->samples[block].told.touched == PV_BLOCK_PAGES - gone,
+             "block %lu: %u touched, %u away", block, engine->samples[block].told.touched, gone);
         MUST(!(word & PV_BLOCK_ASIDE_LARGE) || gone == PV_BLOCK_PAGES, "block %lu: aside as a whole, %u", block, gone);
         pinned += block_pins(engine, block);
     }
+    MUST(engine->sampling.aside == watched, "%lu pages aside to be sampled, counted %lu", watched,
+         (unsigned long)engine->sampling.aside);
     MUST(pinned == pins, "%lu pins, not %lu", pinned, pins);
     MUST(!engine->slots_taken, "staging slots %#x are taken", engine->slots_taken);
     struct span *span = &engine->spans[0];

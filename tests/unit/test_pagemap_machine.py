@@ -25,6 +25,7 @@ SOURCES = (
     "unit",
     "coarse",
     "limit",
+    "sample",
     "live",
     "live_block",
     "live_drain",
@@ -59,6 +60,11 @@ void pv_engine_unpin(struct pv_engine *engine, uint64_t page, uint64_t count);
 int pv_engine_split(struct pv_engine *engine, uint64_t block);
 int pv_engine_merge(struct pv_engine *engine, uint64_t block);
 int pv_engine_break(struct pv_engine *engine, uint64_t block);
+struct pv_sample { uint64_t bits[8]; uint64_t nanoseconds; uint32_t touched, state; uint64_t small; };
+int pv_sample_begin(struct pv_engine *engine, uint64_t block, uint32_t limit);
+int pv_sample_look(struct pv_engine *engine, uint64_t block, struct pv_sample *out);
+int pv_sample_state(struct pv_engine *engine, uint64_t block);
+int pv_sample_end(struct pv_engine *engine, uint64_t block, int keep, struct pv_sample *out);
 int pv_trace_start(struct pv_engine *engine, uint32_t shift, uint32_t refine);
 int pv_trace_collect(struct pv_engine *engine, uint64_t *bits);
 int pv_trace_stop(struct pv_engine *engine);
@@ -78,6 +84,8 @@ BLOCK = 512
 PAGES = 2 * BLOCK + 5
 TORN, MISSING, NOWHERE = (1 << 64) - 1, (1 << 64) - 2, (1 << 64) - 3
 
+SAMPLED = 1 << 8
+RUNNING, ACTIVE, BROKEN_OFF = 1, 2, 3
 LIVE_DONE, LIVE_STOPPED = 3, 4
 
 EXAMPLES = 60
@@ -148,6 +156,7 @@ class Engine(RuleBasedStateMachine):
             assert self.lib.fake_source(self.engine, self.model, source // 2) == 0
         self.pins = []
         self.traced = False
+        self.samples = {}
         self.live, self.python, self.instant, self.injected = False, 0, None, False
         self.written = set()
         self.bits = ffi.new("uint64_t[]", PAGES // 64 + 1)
@@ -243,6 +252,7 @@ class Engine(RuleBasedStateMachine):
 
     @rule(page=pages, value=values)
     def write(self, page, value):
+        self.note_touch(page)
         pending = self.lib.fake_pending()
         if self.lib.guest_write(self.engine, page, value) == 0:
             self.model[page] = value
@@ -261,6 +271,7 @@ class Engine(RuleBasedStateMachine):
 
     @rule(page=pages)
     def read(self, page):
+        self.note_touch(page)
         pending = self.lib.fake_pending()
         value = self.lib.guest_read(self.engine, page)
         assert value == self.model[page] or (value == MISSING and pending)
@@ -275,6 +286,32 @@ class Engine(RuleBasedStateMachine):
     @rule()
     def unpin(self):
         self.lib.pv_engine_unpin(self.engine, *self.pins.pop())
+
+    @precondition(lambda self: not self.traced)
+    @rule(block=blocks, limit=st.sampled_from([0, 1, 2, 5, 40]))
+    def begin_sample(self, block, limit):
+        """What is touched of it from now on must be seen; until somebody ends it, whoever that is."""
+        if self.lib.pv_sample_begin(self.engine, block, limit) == 0:
+            assert self.lib.fake_block_flags(self.engine, block) & SAMPLED
+            self.samples[block] = set()
+
+    @precondition(lambda self: self.samples)
+    @rule(keep=st.integers(0, 1), data=st.data())
+    def end_sample(self, keep, data):
+        block, told = data.draw(st.sampled_from(sorted(self.samples))), ffi.new("struct pv_sample *")
+        pending = self.lib.fake_pending()
+        result = self.lib.pv_sample_end(self.engine, block, keep, told)
+        assert result == 0 or (result < 0 and pending)
+        assert not self.lib.fake_block_flags(self.engine, block) & SAMPLED
+        seen = {i for i in range(BLOCK) if told.bits[i // 64] >> i % 64 & 1}
+        assert len(seen) == told.touched
+        assert seen <= self.samples[block]  # all of them, unless it was ended before
+        assert seen == self.samples[block] or told.state != RUNNING
+        del self.samples[block]
+
+    def note_touch(self, page):
+        if page // BLOCK in self.samples:
+            self.samples[page // BLOCK].add(page % BLOCK)
 
     @precondition(lambda self: not self.traced)
     @rule(shift=st.sampled_from([12, 14, 21, 22, 30]), refine=st.integers(0, 2))

@@ -36,8 +36,11 @@ class LiveView(View):
         self._began = time.monotonic()
 
     def homes(self) -> NDArray[np.uint8]:
-        """The home of each page, as it is now."""
-        return (self._words & np.uint64(lib.PV_PAGE_HOME)).astype(np.uint8)
+        """The home of each page, as it is now; of blocks that are sampled, as it was: there."""
+        found = (self._words & np.uint64(lib.PV_PAGE_HOME)).astype(np.uint8)
+        for block in np.flatnonzero(self._blocks & np.uint64(lib.PV_BLOCK_SAMPLED)).tolist():
+            found[block * BLOCK_PAGES : (block + 1) * BLOCK_PAGES] = lib.PV_HOME_PRESENT
+        return found
 
     def look(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Has the view say what is so now. Returns the pages that are there now, and those that are not any more."""
@@ -50,7 +53,9 @@ class LiveView(View):
             padded = np.zeros(self.blocks * BLOCK_PAGES, np.uint16)
             padded[: self.pages] = now
             self.present[:] = padded.reshape(self.blocks, BLOCK_PAGES).sum(axis=1).tolist()
-        self.large[:] = ((self._blocks & np.uint64(_NOT_LARGE)) == 0).astype(np.uint8).tobytes()
+        words = self._blocks.copy()
+        large = ((words & np.uint64(_NOT_LARGE)) == 0) | ((words & np.uint64(lib.PV_BLOCK_SAMPLED)) != 0)
+        self.large[:] = large.astype(np.uint8).tobytes()
         self.now = int((time.monotonic() - self._began) * 1e6)
         self.measure()
         return came, left
@@ -67,7 +72,9 @@ class LiveView(View):
         self._seen[part] = 0
 
     def aside_of(self, block: int) -> int:
-        """How many of a block's pages are aside now."""
+        """How many of a block's pages are aside now, and not to be sampled."""
+        if int(self._blocks[block]) & lib.PV_BLOCK_SAMPLED:
+            return 0
         words = self._words[block * BLOCK_PAGES : (block + 1) * BLOCK_PAGES]
         return int(((words & np.uint64(lib.PV_PAGE_HOME)) == lib.PV_HOME_ASIDE).sum())
 

@@ -135,12 +135,11 @@ class Reclaimer:
 
     def counts(self) -> ReclaimCounts:
         """How it stands."""
-        homes = self._memory.engine.homes()
         told = ffi.new("struct pv_limit_told *")
         self._engine.tell(lib.pv_limit_look, told)
-        counts = ReclaimCounts(self._limit, self._resident(), homes["aside"] * PAGE_SIZE, self.policy, self.trouble)
+        counts = ReclaimCounts(self._limit, self._resident(), self._aside() * PAGE_SIZE, self.policy, self.trouble)
         counts.taken = self._taken
-        counts.spared = max(0, self._taken - (self.swap.stats().out - self._before) - homes["aside"])
+        counts.spared = max(0, self._taken - (self.swap.stats().out - self._before) - self._aside())
         counts.waits, counts.overruns = int(told.waits), int(told.overruns)
         counts.seconds, counts.longest = told.nanoseconds / 1e9, told.longest / 1e9
         return counts
@@ -202,7 +201,7 @@ class Reclaimer:
         while not self._ending and self._limit is not None and view.measure() > target and vain < enough:
             before, chosen, gone = view.used, 0, 0
             over = view.used - target
-            aside = self._engine.homes()["aside"]
+            aside = self._aside()
             if aside < over + limit // _CHANCE:
                 chosen, gone = self._take(min(over + limit // _CHANCE - aside, _BATCH))
             self._write(over)
@@ -210,6 +209,12 @@ class Reclaimer:
             with self._changing:
                 self._lower(view.used)
         self._stuck(vain >= enough)
+
+    def _aside(self) -> int:
+        """Pages that are aside to go out; those of sampled blocks are in use."""
+        counts = ffi.new("struct pv_sample_counts *")
+        self._engine.tell(lib.pv_sample_counts, counts)
+        return max(self._engine.homes()["aside"] - int(counts.aside), 0)
 
     def _take(self, wanted: int) -> tuple[int, int]:
         """Has so many pages go aside, or as many as the policy gives. How many it gave, and how many went."""
