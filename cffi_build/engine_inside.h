@@ -58,7 +58,7 @@ struct limit {
     pthread_cond_t above, below; /* more is resident than `wake`; some of it has gone */
     uint64_t most, wake;         /* pages; UINT64_MAX: there is no limit. Read without the mutex */
     uint64_t clock;              /* pages that have left memory */
-    uint64_t *whole_at, *dense_at; /* of a block, under its lock: 1 + clock when it, or the first piece of it, came; and
+    uint64_t *whole_at, *dense_at; /* of a block, under its lock: 1 + clock when it, or the first pieces of it, came; and
                                       when it was dense; or 0 */
     uint32_t waiting;            /* faults */
     bool ending, stuck;          /* stuck: nothing more can go, so no fault waits */

@@ -120,7 +120,8 @@ void limit_wait(struct pv_engine *engine, uint64_t page)
 /* Time is told in turns: in one, as many pages leave memory as may be resident. */
 #define SOON 2          /* turns after which a whole block that goes has stayed for long enough */
 #define BELIEVED 16     /* turns for which a block that was dense counts as such */
-#define DENSE 128u      /* pages that come within a quarter of a turn: then the block is dense */
+#define FEW 32u
+#define DENSE 128u      /* a block of which few pages were here, and within a quarter of a turn so many: it is dense */
 
 static bool within(const struct limit *limit, uint64_t since, uint64_t quarters)
 {
@@ -148,12 +149,12 @@ void limit_gone_whole(struct pv_engine *engine, uint64_t block)
 bool limit_is_dense(struct pv_engine *engine, uint64_t block)
 {
     struct limit *limit = &engine->limit;
-    uint32_t away = block_away(engine, block);
+    uint32_t here = PV_BLOCK_PAGES - block_away(engine, block);
     if (load(&limit->most) == UINT64_MAX)
-        return PV_BLOCK_PAGES - away >= DENSE;
-    if (away == PV_BLOCK_PAGES)
+        return here >= DENSE;
+    if (here < FEW)
         limit->whole_at[block] = load(&limit->clock) + 1;
-    if (PV_BLOCK_PAGES - away < DENSE || !within(limit, limit->whole_at[block], 1))
+    if (here < DENSE || !within(limit, limit->whole_at[block], 1))
         return false;
     limit->dense_at[block] = load(&limit->clock) + 1;
     return true;

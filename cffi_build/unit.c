@@ -168,7 +168,7 @@ int bring_touched(struct pv_engine *engine, uint64_t page, struct others *others
         return bring_small(engine, page, 1);
     if (engine->record || engine->unit == PV_UNIT_LARGE || (adaptive && large && !paced && flags & PV_BLOCK_TOUCHED))
         return bring_around(engine, page);
-    if (large && flags & PV_BLOCK_PIECES && limit_is_dense(engine, block)) {
+    if (large && paced && limit_is_dense(engine, block)) {
         block_flags(engine, block, 0, PV_BLOCK_PIECES);
         return bring_around(engine, page);
     }

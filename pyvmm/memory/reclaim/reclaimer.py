@@ -38,6 +38,7 @@ _BATCH = 4096
 """Pages taken out between two looks at how much is left."""
 _TICK_MS = 100
 _RETRY_SECONDS = 1.0
+_IN_USE = "nothing more can leave memory: it is in use"
 
 
 class ReclaimCounts(Record):
@@ -64,7 +65,8 @@ class ReclaimCounts(Record):
 class Reclaimer:
     """Keeps what `memory` takes of the host's at `limit` bytes: in the guest, and aside. What goes is chosen by a
     policy (pyvmm.memory.reclaim.policy), a name or file.py:Class, and goes aside first, where a touch brings it back at
-    once; the oldest of that goes to `swap`, when room is needed. A fault waits where it would go beyond the limit.
+    once; the oldest of that goes to `swap`, when room is needed. A fault waits where it would go beyond the limit; what
+    is read ahead with it, and what the host itself reads, may do so for the moment that it takes to have others go.
 
     Raises BadInput for a policy that is none. seed: of what the policy has at random.
     A policy that raises, or gives what is no page, is told of in `trouble`, and `clock` takes its place. Where nothing
@@ -90,6 +92,7 @@ class Reclaimer:
         self._before = swap.stats().out
         self._waiting: dict[int, None] = {}  # blocks of which something is aside, the oldest first
         self._tried = 0.0
+        self._since: float | None = None  # nothing can go
 
     # ---- the limit ----
 
@@ -293,9 +296,17 @@ class Reclaimer:
         self.policy = POLICY
 
     def _stuck(self, stuck: bool) -> None:
+        """Pages that are in use for a while, as by a save, are no trouble yet."""
         self._engine.tell(lib.pv_limit_stuck, stuck)
-        if stuck and not self.trouble:
-            self._say("nothing more can leave memory: it is in use")
+        now = time.monotonic()
+        if not stuck:
+            self._since = None
+            if self.trouble == _IN_USE:
+                self.trouble = ""
+        elif self._since is None:
+            self._since = now
+        elif now - self._since > _RETRY_SECONDS and not self.trouble:
+            self._say(_IN_USE)
 
     def _say(self, text: str) -> None:
         if text != self.trouble:
