@@ -64,7 +64,8 @@ int pv_read_whole(int fd, uint8_t *to, uint64_t size, uint64_t offset) PV_CHECKE
  * been read stays while pages are fetched: who installs it locks blocks, and that may make a live save fetch some. */
 #define PV_KEPT_UNIT 0
 #define PV_KEPT_FETCH 1
-#define PV_KEPT 2
+#define PV_KEPT_PACKED 2 /* stored bytes of the home SWAP, on their way to one of these */
+#define PV_KEPT 3
 uint8_t *pv_kept_pages(uint32_t use);
 
 /* ---- pack.c: writing ---- */

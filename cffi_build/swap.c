@@ -1,4 +1,4 @@
-/* swap.c: the swap file: its slots, its beginning and its end. */
+/* swap.c: the swap file: its beginning and its end. */
 #define _GNU_SOURCE
 #include "swap_inside.h"
 
@@ -7,88 +7,6 @@
 #include <sys/mman.h>
 #include <time.h>
 #include <unistd.h>
-
-#define LOOK (4ull << 20) /* slots to look at for a run that is long enough, before a shorter one will do */
-
-/* ---- slots ---- */
-
-static uint64_t *count_of(struct pv_swap *swap, uint32_t state)
-{
-    return state == SLOT_LIVE ? &swap->told.live : state == SLOT_KEPT ? &swap->told.kept : NULL;
-}
-
-void slot_set(struct pv_swap *swap, uint64_t slot, uint64_t page, uint32_t state)
-{
-    struct slot *own = &swap->table[slot];
-    uint64_t *before = count_of(swap, slot_state(own)), *after = count_of(swap, state), bit = 1ull << slot % 64;
-    uint32_t *of = &swap->slot_of[page];
-    if (before)
-        --*before;
-    own->owner = page << 2 | state;
-    if (after)
-        ++*after;
-    if (state == SLOT_FREE) {
-        swap->taken[slot / 64] &= ~bit;
-        swap->told.free++;
-        *of = *of == slot + 1 ? 0 : *of;
-        return;
-    }
-    swap->told.free -= !(swap->taken[slot / 64] & bit);
-    swap->taken[slot / 64] |= bit;
-    *of = (uint32_t)slot + 1;
-}
-
-/* Slots that are kept for pages which are back: from where the last ones were given up, some 2 MiB at a time, so that what
- * goes out next can lie together. */
-static void give_up(struct pv_swap *swap, uint64_t wanted)
-{
-    for (uint64_t looked = 0; swap->told.free < wanted && swap->told.kept && looked < swap->told.slots;) {
-        for (uint32_t i = 0; i < PV_BLOCK_PAGES && swap->hand < swap->told.slots; i++, looked++, swap->hand++)
-            if (slot_state(&swap->table[swap->hand]) == SLOT_KEPT) {
-                slot_set(swap, swap->hand, slot_page(&swap->table[swap->hand]), SLOT_FREE);
-                swap->told.given_up++;
-            }
-        swap->hand = swap->hand < swap->told.slots ? swap->hand : 0;
-    }
-}
-
-static uint32_t run_at(const struct pv_swap *swap, uint64_t at, uint32_t most)
-{
-    uint32_t run = 0;
-    while (run < most && at + run < swap->told.slots && !has_bit_at(swap->taken, at + run))
-        run++;
-    return run;
-}
-
-uint32_t slots_take(struct pv_swap *swap, uint32_t count, uint64_t *first)
-{
-    uint32_t best = 0;
-    if (swap->told.free < count)
-        give_up(swap, count);
-    uint64_t at = swap->cursor, looked = 0;
-    while (swap->told.free && best < count && looked <= swap->told.slots && (looked < LOOK || !best)) {
-        uint64_t step = 64 - at % 64, open = ~swap->taken[at / 64] >> at % 64;
-        if (open) {
-            at += step = (uint64_t)__builtin_ctzll(open);
-            uint32_t run = run_at(swap, at, count);
-            if (run > best) {
-                best = run;
-                *first = at;
-            }
-            step += run;
-            at += run;
-        } else {
-            at += step;
-        }
-        at = at < swap->told.slots ? at : 0;
-        looked += step ? step : 1;
-    }
-    if (best)
-        swap->cursor = *first + best < swap->told.slots ? *first + best : 0;
-    return best;
-}
-
-/* ---- life ---- */
 
 /* Zeros that cost nothing until they are written to. */
 static void *map_table(uint64_t count, size_t size)
@@ -114,10 +32,19 @@ void pv_swap_close(struct pv_swap *swap)
 {
     pv_swap_drop(swap);
     uint64_t slots = swap->told.slots;
-    unmap_table(swap->table, slots, sizeof(struct slot));
-    unmap_table(swap->taken, slots / 64 + 1, sizeof(uint64_t));
+    unmap_table(swap->records, swap->pages, sizeof(struct record));
     unmap_table(swap->slot_of, swap->pages, sizeof(uint32_t));
-    unmap_table(swap->copies, PV_BLOCK_PAGES, PV_PAGE);
+    unmap_table(swap->page_at, slots, sizeof(uint32_t));
+    unmap_table(swap->taken, slots / 64 + 1, sizeof(uint64_t));
+    unmap_table(swap->filled, slots / 64 + 1, sizeof(uint64_t));
+    for (uint32_t i = 0; swap->batches && i < swap->writers; i++) {
+        unmap_table(swap->batches[i].copies, PV_BLOCK_PAGES, PV_PAGE);
+        unmap_table(swap->batches[i].packed, PV_BLOCK_PAGES, PV_PAGE);
+    }
+    free(swap->batches);
+    free(swap->loose);
+    free(swap->writing);
+    free(swap->again);
     free(swap->ring);
     free(swap->waits);
     free(swap->behind);
@@ -138,34 +65,70 @@ static void init_locks(struct pv_swap *swap)
     pthread_condattr_destroy(&clock);
 }
 
-int pv_swap_open(struct pv_engine *engine, int fd, uint64_t slots, struct pv_swap **out)
+uint32_t pv_swap_slot(int codec) { return codec == PV_CODEC_RAW ? PV_PAGE : 1u << PACKED_SHIFT; }
+
+/* While one writes, another one compares and compresses; more of them are of use for that alone. */
+static bool make_batches(struct pv_swap *swap)
 {
-    struct pv_swap *swap = slots && slots <= PV_SWAP_SLOTS ? calloc(1, sizeof(*swap)) : NULL;
+    long cpus = sysconf(_SC_NPROCESSORS_ONLN);
+    uint32_t most = swap->codec == PV_CODEC_RAW ? 2 : WRITERS;
+    swap->writers = cpus < 1 ? 1 : cpus < (long)most ? (uint32_t)cpus : most;
+    swap->batches = calloc(swap->writers, sizeof(*swap->batches));
+    for (uint32_t i = 0; swap->batches && i < swap->writers; i++) {
+        struct batch *batch = &swap->batches[i];
+        batch->swap = swap;
+        batch->copies = map_table(PV_BLOCK_PAGES, PV_PAGE);
+        batch->packed = swap->codec == PV_CODEC_RAW ? NULL : map_table(PV_BLOCK_PAGES, PV_PAGE);
+        if (!batch->copies || (swap->codec != PV_CODEC_RAW && !batch->packed))
+            return false;
+    }
+    return swap->batches;
+}
+
+static int make_tables(struct pv_swap *swap, uint64_t slots)
+{
+    uint64_t bits = swap->engine->blocks / 64 + 1;
+    swap->records = map_table(swap->pages, sizeof(struct record));
+    swap->slot_of = map_table(swap->pages, sizeof(uint32_t));
+    swap->page_at = map_table(slots, sizeof(uint32_t));
+    swap->taken = map_table(slots / 64 + 1, sizeof(uint64_t));
+    swap->filled = map_table(slots / 64 + 1, sizeof(uint64_t)); /* needs as many at most */
+    swap->loose = calloc(slots / PV_BLOCK_PAGES / 64 + 1, sizeof(uint64_t));
+    swap->ring = calloc(swap->engine->blocks, sizeof(uint32_t));
+    swap->waits = calloc(bits, sizeof(uint64_t));
+    swap->behind = calloc(bits, sizeof(uint64_t));
+    swap->writing = calloc(bits, sizeof(uint64_t));
+    swap->again = calloc(bits, sizeof(uint64_t));
+    if (!swap->records || !swap->slot_of || !swap->page_at || !swap->taken || !swap->filled || !swap->loose ||
+        !swap->ring || !swap->waits || !swap->behind || !swap->writing || !swap->again || !make_batches(swap))
+        return -ENOMEM;
+    swap->taken[slots / 64] = ~0ull << slots % 64; /* there are no more */
+    return pv_digest_key_make(&swap->key, 0);
+}
+
+int pv_swap_open(struct pv_engine *engine, int fd, uint64_t slots, int codec, struct pv_swap **out)
+{
+    bool fits = slots && slots <= PV_SWAP_SLOTS && engine->pages <= PV_SWAP_SLOTS;
+    int error = fits ? pv_codec_available(codec) : -EINVAL;
+    struct pv_swap *swap = error ? NULL : calloc(1, sizeof(*swap));
     if (!swap) {
         close(fd);
-        return slots && slots <= PV_SWAP_SLOTS ? -ENOMEM : -EINVAL;
+        return error ? error : -ENOMEM;
     }
-    uint64_t bits = engine->blocks / 64 + 1;
     swap->engine = engine;
     swap->pages = engine->pages;
     swap->fd = fd;
+    swap->codec = codec;
+    swap->shift = codec == PV_CODEC_RAW ? PAGE_SHIFT : PACKED_SHIFT;
     swap->order = FIRST_ORDER;
     swap->told.slots = swap->told.free = slots;
+    swap->told.slot_bytes = pv_swap_slot(codec);
     init_locks(swap);
-    swap->table = map_table(slots, sizeof(struct slot));
-    swap->taken = map_table(slots / 64 + 1, sizeof(uint64_t));
-    swap->slot_of = map_table(engine->pages, sizeof(uint32_t));
-    swap->copies = map_table(PV_BLOCK_PAGES, PV_PAGE);
-    swap->ring = calloc(engine->blocks, sizeof(uint32_t));
-    swap->waits = calloc(bits, sizeof(uint64_t));
-    swap->behind = calloc(bits, sizeof(uint64_t));
-    bool all = swap->table && swap->taken && swap->slot_of && swap->copies && swap->ring && swap->waits && swap->behind;
-    int error = all ? pv_digest_key_make(&swap->key) : -ENOMEM;
+    error = make_tables(swap, slots);
     if (error) {
         pv_swap_close(swap);
         return error;
     }
-    swap->taken[slots / 64] = ~0ull << slots % 64; /* there are no more */
     *out = swap;
     return 0;
 }
@@ -180,5 +143,6 @@ void pv_swap_look(struct pv_swap *swap, struct pv_swap_told *out)
 {
     pthread_mutex_lock(&swap->mutex);
     *out = swap->told;
+    out->stored = bytes_stored(swap);
     pthread_mutex_unlock(&swap->mutex);
 }

@@ -1,4 +1,5 @@
-/* swap.h: the home SWAP: pages in a file of the VMM's own, in slots of a page. All without the GIL.
+/* swap.h: the home SWAP: pages in a file of the VMM's own, in slots of a page, or compressed in smaller
+ * ones. All without the GIL.
  *
  * A page goes out in two steps: aside, in one step while the guest runs (pv_engine_remove), then to the file by a thread
  * that copies it under its block's lock and writes the copy without any lock. So nobody who touches the page meanwhile
@@ -15,7 +16,8 @@
 struct pv_swap;
 
 struct pv_swap_told {
-    uint64_t slots, live, kept, free;   /* of the file: live: a page is there; kept: it has come back, unchanged as far as known */
+    uint64_t slots, free, slot_bytes;   /* of the file */
+    uint64_t live, kept, stored;        /* pages: there; that have come back, unchanged as far as known; bytes of both */
     uint64_t queued, behind;            /* blocks to be written; blocks of which something could not be written */
     uint64_t out, zeros, saved, late;   /* pages that went out; of these, zeros, which take no slot, and what its slot
                                            had still; pages that came back while they were written */
@@ -23,6 +25,7 @@ struct pv_swap_told {
                                            before as many others had gone out as were in RAM */
     uint64_t writes, bytes_written, reads, bytes_read; /* calls that moved something, and what */
     uint64_t given_up;                  /* slots that were kept, until the file was full */
+    uint64_t given_back;                /* bytes of disk space */
     uint64_t errors;                    /* times that something could not be written */
     int error;                          /* positive errno of the last time */
 };
@@ -31,17 +34,21 @@ struct pv_swap_told {
 
 struct pv_digest_key {
     uint64_t words[514], last[6];
+    uint64_t polynomials; /* as fast as this CPU can */
 };
 
-/* 0 or -errno of getrandom. */
-int pv_digest_key_make(struct pv_digest_key *key) PV_CHECKED;
+/* 0 or -errno of getrandom. plain: as every CPU can. */
+int pv_digest_key_make(struct pv_digest_key *key, int plain) PV_CHECKED;
 /* Of a page of 4 KiB. */
 void pv_digest(const struct pv_digest_key *key, const uint8_t *page, uint64_t digest[2]);
 
 /* ---- swap.c ---- */
 
-/* A swap of so many slots, up to PV_SWAP_SLOTS, in the file `fd`: the swap's own from then on, also after an error. */
-int pv_swap_open(struct pv_engine *engine, int fd, uint64_t slots, struct pv_swap **out) PV_CHECKED;
+/* The bytes of a slot, with this codec. */
+uint32_t pv_swap_slot(int codec);
+/* A swap of so many slots, up to PV_SWAP_SLOTS, in the file `fd`: the swap's own from then on, also after an error.
+ * codec: PV_CODEC_*. -ELIBACC where its library is not here. */
+int pv_swap_open(struct pv_engine *engine, int fd, uint64_t slots, int codec, struct pv_swap **out) PV_CHECKED;
 /* For pv_engine_home(PV_HOME_SWAP): its struct, of which the engine takes a copy. */
 struct pv_home;
 void pv_swap_home(struct pv_swap *swap, struct pv_home *out);
@@ -51,11 +58,11 @@ void pv_swap_drop(struct pv_swap *swap);
 void pv_swap_close(struct pv_swap *swap);
 void pv_swap_look(struct pv_swap *swap, struct pv_swap_told *out);
 
-/* ---- swap_out.c ---- */
+/* ---- swap_thread.c ---- */
 
-/* Starts the thread that writes. */
+/* Starts the threads that write. */
 int pv_swap_start(struct pv_swap *swap) PV_CHECKED;
-/* Ends it: what has not been written yet is aside. Twice is once. */
+/* Ends them: what has not been written yet is aside. Twice is once. */
 void pv_swap_end(struct pv_swap *swap);
 /* Takes pages of one block out of the guest, and has all of the block that is aside written soon. As pv_engine_remove. */
 int pv_swap_out(struct pv_swap *swap, uint64_t page, uint32_t count) PV_CHECKED;
@@ -65,6 +72,10 @@ void pv_swap_put(struct pv_swap *swap, uint64_t block);
 int pv_swap_wait(struct pv_swap *swap, uint64_t most, uint32_t milliseconds) PV_CHECKED;
 /* Has what could not be written tried again. */
 void pv_swap_retry(struct pv_swap *swap);
-/* What the thread does over and over: writes up to 512 pages of blocks that wait. How many went out, or -errno: others
- * are aside still. For tests that start no thread. */
+
+/* ---- swap_out.c, swap_slots.c: what the threads do, for tests that start none ---- */
+
+/* Over and over: writes up to 512 pages of blocks that wait. How many went out, or -errno: others are aside still. */
 int pv_swap_step(struct pv_swap *swap) PV_CHECKED;
+/* When nothing has had to be written for a while: gives back disk space that no page takes. How many bytes. */
+uint64_t pv_swap_punch(struct pv_swap *swap);

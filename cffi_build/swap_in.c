@@ -1,5 +1,5 @@
 /* swap_in.c: how pages come back from the swap file: the functions of the home, each under the lock of its pages' block.
- * So their slots stay LIVE meanwhile, and are read without the mutex. */
+ * So their places stay LIVE meanwhile, and are read without the mutex. */
 #define _GNU_SOURCE
 #include "swap_inside.h"
 
@@ -24,41 +24,98 @@ int vector_whole(vector_call *call, int fd, struct iovec *parts, uint32_t count,
     return 0;
 }
 
-/* A page to be read: from where, and to where it goes. */
+/* A page to be read: to where it goes, and where its stored bytes are meanwhile, if these are others. */
 struct piece {
-    uint64_t slot;
-    uint8_t *to;
+    uint64_t page;
+    uint8_t *to, *packed;
 };
 
-static int verify(struct pv_swap *swap, const struct piece *piece)
+/* What is read with one call, and room for what is not stored as it was. */
+struct reading {
+    struct iovec parts[2 * PV_BLOCK_PAGES];
+    uint32_t used;
+    uint8_t *room;
+    uint64_t taken, slots;
+};
+
+static void add_part(struct reading *reading, uint8_t *to, size_t size)
 {
+    if (reading->used) {
+        struct iovec *last = &reading->parts[reading->used - 1];
+        if ((uint8_t *)last->iov_base + last->iov_len == to) {
+            last->iov_len += size;
+            return;
+        }
+    }
+    reading->parts[reading->used++] = (struct iovec){to, size};
+}
+
+static uint8_t *take_room(struct reading *reading, uint64_t size)
+{
+    uint8_t *room = reading->room + reading->taken;
+    reading->taken += size;
+    add_part(reading, room, size);
+    return room;
+}
+
+/* Does it lie behind what is to be read already, or, where there are small slots, near that? Then it is read too. */
+static bool add_piece(const struct pv_swap *swap, struct reading *reading, uint64_t first, struct piece *piece)
+{
+    uint32_t size = swap->records[piece->page].size, slots = slots_of(swap, piece->page);
+    uint64_t slot = slot_at(swap, piece->page), end = first + reading->slots, gap = slot - end;
+    uint64_t stored = size < PV_PAGE ? (uint64_t)slots << swap->shift : 0;
+    if (slot < end || (gap && (!reading->room || gap > NEAR)) ||
+        (reading->room && reading->taken + (gap << swap->shift) + stored > PV_STORE_MAX))
+        return false;
+    if (gap)
+        (void)take_room(reading, gap << swap->shift);
+    piece->packed = stored ? take_room(reading, stored) : NULL;
+    if (!stored)
+        add_part(reading, piece->to, PV_PAGE);
+    reading->slots += gap + slots;
+    return true;
+}
+
+/* Nothing of the file is believed: what is decompressed ends where the page does, and its digest is known. */
+static int unpack(struct pv_swap *swap, const struct piece *piece)
+{
+    const struct record *record = &swap->records[piece->page];
     uint64_t digest[2];
+    int error = piece->packed ? pv_codec_decompress(swap->codec, piece->packed, record->size, piece->to, PV_PAGE) : 0;
+    if (error)
+        return error == -EILSEQ ? -EBADMSG : error;
     pv_digest(&swap->key, piece->to, digest);
-    return memcmp(digest, swap->table[piece->slot].digest, sizeof(digest)) ? -EBADMSG : 0;
+    return memcmp(digest, record->digest, sizeof(digest)) ? -EBADMSG : 0;
 }
 
 /* A call for each run of slots, wherever its pages go. */
-static int read_pieces(struct pv_swap *swap, const struct piece *pieces, uint32_t count)
+static int read_pieces(struct pv_swap *swap, struct piece *pieces, uint32_t count)
 {
-    struct iovec parts[PV_BLOCK_PAGES];
+    struct reading reading;
+    reading.room = swap->codec == PV_CODEC_RAW ? NULL : pv_kept_pages(PV_KEPT_PACKED);
+    if (swap->codec != PV_CODEC_RAW && !reading.room)
+        return -ENOMEM;
     for (uint32_t i = 0, run; i < count; i += run) {
-        uint32_t used = 0;
-        for (run = 0; i + run < count && pieces[i + run].slot == pieces[i].slot + run; run++) {
-            uint8_t *to = pieces[i + run].to;
-            if (used && (uint8_t *)parts[used - 1].iov_base + parts[used - 1].iov_len == to)
-                parts[used - 1].iov_len += PV_PAGE;
-            else
-                parts[used++] = (struct iovec){to, PV_PAGE};
-        }
-        int error = vector_whole(preadv, swap->fd, parts, used, pieces[i].slot * PV_PAGE);
+        uint64_t first = slot_at(swap, pieces[i].page);
+        reading.used = 0;
+        reading.taken = reading.slots = 0;
+        for (run = 0; i + run < count && add_piece(swap, &reading, first, &pieces[i + run]);)
+            run++;
+        int error = vector_whole(preadv, swap->fd, reading.parts, reading.used, first << swap->shift);
         for (uint32_t j = 0; !error && j < run; j++)
-            error = verify(swap, &pieces[i + j]);
+            error = unpack(swap, &pieces[i + j]);
         if (error)
             return error;
         count_up(&swap->told.reads, 1);
-        count_up(&swap->told.bytes_read, (uint64_t)run * PV_PAGE);
+        count_up(&swap->told.bytes_read, reading.slots << swap->shift);
     }
     return 0;
+}
+
+/* Is the page there? Its word and what is known of it say the same thing. */
+static bool is_there(const struct pv_swap *swap, uint64_t page, uint64_t word)
+{
+    return page < swap->pages && swap->slot_of[page] == (word >> PV_PAGE_LOCATOR_SHIFT) + 1;
 }
 
 int swap_scatter(void *self, uint64_t page, uint32_t count, const uint64_t *words, uint8_t *to)
@@ -66,14 +123,12 @@ int swap_scatter(void *self, uint64_t page, uint32_t count, const uint64_t *word
     struct pv_swap *swap = self;
     struct piece pieces[PV_BLOCK_PAGES];
     uint32_t used = 0;
-    (void)page;
     for (uint32_t i = 0; i < count; i++) {
         if ((words[i] & PV_PAGE_HOME) != PV_HOME_SWAP)
             continue;
-        uint64_t slot = words[i] >> PV_PAGE_LOCATOR_SHIFT;
-        if (slot >= swap->told.slots)
+        if (!is_there(swap, page + i, words[i]))
             return -EUCLEAN;
-        pieces[used++] = (struct piece){slot, to + (size_t)i * PV_PAGE};
+        pieces[used++] = (struct piece){page + i, to + (size_t)i * PV_PAGE, NULL};
     }
     return read_pieces(swap, pieces, used);
 }
@@ -105,22 +160,30 @@ static struct stream *stream_of(struct pv_swap *swap, uint64_t page)
     return oldest;
 }
 
+/* Slots that so many pages take. */
+static uint64_t window_of(const struct pv_swap *swap, uint32_t order)
+{
+    uint64_t pages = swap->told.live + swap->told.kept, slots = swap->told.slots - swap->told.free;
+    return (slots > pages && pages ? (slots + pages / 2) / pages : 1) << order;
+}
+
 /* Of the page's own block alone: elsewhere a slot may have other bytes by the time they are installed. */
 int swap_gather(void *self, uint64_t page, uint64_t word, struct pv_unit *unit)
 {
     struct pv_swap *swap = self;
-    uint64_t slot = word >> PV_PAGE_LOCATOR_SHIFT;
     unit->count = 0;
-    if (slot >= swap->told.slots)
+    if (!is_there(swap, page, word))
         return -EUCLEAN;
     pthread_mutex_lock(&swap->mutex);
     struct stream *stream = stream_of(swap, page);
     stream->used = ++swap->touches;
     stream->first = stream->last = page;
-    uint64_t window = 1ull << stream->order, first = slot / window * window;
-    for (uint64_t each = first; each < first + window && each < swap->told.slots; each++) {
-        uint64_t owner = slot_page(&swap->table[each]);
-        if (slot_state(&swap->table[each]) != SLOT_LIVE || owner / PV_BLOCK_PAGES != page / PV_BLOCK_PAGES)
+    uint64_t window = window_of(swap, stream->order), first = slot_at(swap, page) / window * window;
+    for (uint64_t each = first, next; each < first + window && each < swap->told.slots; each = next) {
+        uint64_t owner = swap->page_at[each] ? swap->page_at[each] - 1 : swap->pages;
+        next = each + (owner < swap->pages ? slots_of(swap, owner) : 1);
+        if (owner / PV_BLOCK_PAGES != page / PV_BLOCK_PAGES || owner == swap->pages ||
+            swap->records[owner].state != PLACE_LIVE)
             continue;
         unit->pages[unit->count] = owner;
         unit->words[unit->count++] = swap_word(each);
@@ -139,7 +202,7 @@ int swap_read(void *self, const struct pv_unit *unit, const uint8_t **bytes)
     if (!room)
         return -ENOMEM;
     for (uint32_t i = 0; i < unit->count; i++)
-        pieces[i] = (struct piece){unit->words[i] >> PV_PAGE_LOCATOR_SHIFT, room + (size_t)i * PV_PAGE};
+        pieces[i] = (struct piece){unit->pages[i], room + (size_t)i * PV_PAGE, NULL};
     int error = read_pieces(swap, pieces, unit->count);
     if (!error)
         count_up(&swap->told.ahead, unit->count - 1);
@@ -151,15 +214,15 @@ void swap_forget(void *self, uint64_t page, uint32_t count, const uint64_t *word
 {
     struct pv_swap *swap = self;
     uint64_t resident = swap->engine->pages;
+    (void)words;
     for (uint32_t home = PV_HOME_ZERO; home < PV_HOMES; home++) {
         uint64_t away = atomic_load_explicit(&swap->engine->home_counts[home], memory_order_relaxed);
         resident -= away < resident ? away : resident;
     }
     pthread_mutex_lock(&swap->mutex);
-    for (uint32_t i = 0; i < count; i++) {
-        uint64_t slot = words[i] >> PV_PAGE_LOCATOR_SHIFT;
-        swap->told.refaults += swap->clock - swap->table[slot].when <= resident;
-        slot_set(swap, slot, page + i, SLOT_KEPT);
+    for (uint64_t each = page; each < page + count; each++) {
+        swap->told.refaults += swap->clock - swap->records[each].when <= resident;
+        place_state(swap, each, PLACE_KEPT);
     }
     swap->told.came += count;
     pthread_mutex_unlock(&swap->mutex);

@@ -5,13 +5,18 @@
 
 #include <sys/uio.h>
 
-/* What a slot is. BUSY: its page is being written, or compared with it; only the writer's. */
-enum { SLOT_FREE, SLOT_BUSY, SLOT_LIVE, SLOT_KEPT };
+/* Slots: of a page each; with compression smaller ones, of which a page takes as many neighbours as it needs. All that is
+ * known of a page in the file is kept by its number in RAM, since it has one place there at most. */
+#define PAGE_SHIFT 12
+#define PACKED_SHIFT 9 /* 512 bytes */
+#define NEAR 8         /* slots of a gap that is read, and not used, since one read is faster than two */
 
-struct slot {
+/* What a page's place is. BUSY: it is being written, or compared; only the writer's who has its block. */
+enum { PLACE_NONE, PLACE_BUSY, PLACE_LIVE, PLACE_KEPT };
+
+struct record {
     uint64_t digest[2];
-    uint64_t owner; /* page << 2 | SLOT_* */
-    uint64_t when;  /* pages that had gone out until then */
+    uint64_t when : 48, size : 13, state : 3; /* pages that had gone out until then; bytes stored: PV_PAGE: as they are */
 };
 
 /* Touches that follow each other: the unit that came last, and how much comes next. */
@@ -25,23 +30,43 @@ struct stream {
 #define MOST_ORDER 9  /* a block */
 #define REACH 4       /* 2^4 pages beyond a unit: there a touch goes on */
 
-/* A page on its way out. slot: where it is, or is to be; only of WRITTEN and SAVED. */
+/* A page on its way out. from, size: what is to be stored of it. */
 struct entry {
     uint64_t page, digest[2];
-    uint32_t slot;
+    uint8_t *from;
+    uint32_t size;
     enum { ENTRY_STAYS, ENTRY_ZERO, ENTRY_WRITTEN, ENTRY_SAVED } what;
 };
+
+/* What one writer has under way: entries of blocks that are in no other batch, and copies of their pages. */
+struct batch {
+    struct pv_swap *swap;
+    struct entry entries[PV_BLOCK_PAGES];
+    uint8_t *copies, *packed;
+    uint32_t used;
+    bool whole, anew;         /* it is a block; and all of that is to lie together again */
+    uint64_t ticket;          /* in the words of the pages that it has copied: are they still those? */
+    int error;
+    pthread_t thread;
+};
+#define WRITERS 4
 
 struct pv_swap {
     struct pv_engine *engine;
     uint64_t pages;           /* of RAM: known also when the engine has ended */
-    int fd;
+    int fd, codec;
+    uint32_t shift;           /* of a slot's bytes */
     struct pv_digest_key key;
 
-    pthread_mutex_t mutex;    /* of all that follows until `entries` */
-    struct slot *table;
-    uint64_t *taken;          /* a bit a slot that is not FREE */
-    uint32_t *slot_of;        /* 1 + slot of each page of RAM that has one, LIVE or KEPT */
+    pthread_mutex_t mutex;    /* of all that follows */
+    struct record *records;   /* of each page of RAM */
+    uint32_t *slot_of;        /* 1 + first slot of each page of RAM that has a place */
+    uint32_t *page_at;        /* 1 + page whose first slot this is */
+    uint64_t *taken;          /* a bit a slot that is some page's */
+    uint64_t *filled, *loose; /* a bit for 4 KiB of the file: written to, and takes disk space; one for 2 MiB: something
+                                 there was freed, so that some space may be given back */
+    uint64_t loosened;        /* bits of `loose` */
+    uint64_t reserved;        /* slots that are taken while a hole is made of them */
     uint64_t cursor, hand;    /* where to look for free slots, and for those to give up */
     struct stream streams[STREAMS];
     uint32_t order;           /* of a new one: less with each touch that goes on nowhere */
@@ -51,27 +76,54 @@ struct pv_swap {
     uint32_t *ring;           /* blocks to be written, each once: `told.queued` of them from `head` on */
     uint64_t head;
     uint64_t *waits, *behind; /* a bit a block: it is in the ring; something of it could not be written */
-    bool busy, ending, threaded;
-    pthread_t thread;
-
-    struct entry entries[PV_BLOCK_PAGES]; /* the writer's own: a batch, and the copies of its pages */
-    uint8_t *copies;
-    uint32_t used;
-    uint64_t ticket;          /* in the words of the pages that the batch has copied: are they still those? */
-    int error;                /* of this batch */
+    uint64_t *writing, *again; /* ... it is in a batch; and is to be in the ring after that */
+    uint64_t tickets;
+    uint32_t busy, writers, threaded; /* batches under way; those that there may be; threads */
+    bool ending, no_holes;
+    struct batch *batches;
 };
 
-static inline uint32_t slot_state(const struct slot *slot) { return slot->owner & 3; }
-static inline uint64_t slot_page(const struct slot *slot) { return slot->owner >> 2; }
 static inline uint64_t swap_word(uint64_t slot) { return slot << PV_PAGE_LOCATOR_SHIFT | PV_HOME_SWAP; }
 static inline bool has_bit_at(const uint64_t *bits, uint64_t at) { return bits[at / 64] >> at % 64 & 1; }
+static inline void put_bit(uint64_t *bits, uint64_t at, bool on)
+{
+    bits[at / 64] = (bits[at / 64] & ~(1ull << at % 64)) | (uint64_t)on << at % 64;
+}
+static inline uint32_t slots_for(const struct pv_swap *swap, uint32_t size)
+{
+    return (size + (1u << swap->shift) - 1) >> swap->shift;
+}
+/* Of a page that has a place. */
+static inline uint64_t slot_at(const struct pv_swap *swap, uint64_t page) { return swap->slot_of[page] - 1; }
+static inline uint32_t slots_of(const struct pv_swap *swap, uint64_t page)
+{
+    return slots_for(swap, swap->records[page].size);
+}
 
-/* ---- swap.c ---- */
+/* ---- swap_slots.c: under the mutex ---- */
 
-/* Under the mutex: changes what a slot is, for whom, and the counts. */
-void slot_set(struct pv_swap *swap, uint64_t slot, uint64_t page, uint32_t state);
-/* Up to `count` free slots that follow each other, BUSY from now on; 0: none is left, and none is kept to be given up. */
-uint32_t slots_take(struct pv_swap *swap, uint32_t count, uint64_t *first);
+/* A page without a place gets one, BUSY: these slots must be free. */
+void place_give(struct pv_swap *swap, uint64_t page, uint64_t slot, uint32_t size);
+void place_free(struct pv_swap *swap, uint64_t page);
+void place_state(struct pv_swap *swap, uint64_t page, uint32_t state);
+/* Free slots that follow each other from `at` on, `most` at most. */
+uint32_t free_at(const struct pv_swap *swap, uint64_t at, uint32_t most);
+/* Up to `count` free slots that follow each other, at least `least`; 0: nowhere so many, nor are kept, to be given up. */
+uint32_t slots_find(struct pv_swap *swap, uint32_t count, uint32_t least, uint64_t *first);
+/* The bytes that all slots together have which are some page's. */
+uint64_t bytes_stored(const struct pv_swap *swap);
+
+/* ---- swap_out.c ---- */
+
+/* As pv_swap_step. */
+int batch_write(struct batch *batch);
+
+/* ---- swap_thread.c ---- */
+
+/* The next block that waits, from now on this writer's; whoever puts it again meanwhile has it looked at once more. */
+bool queue_take(struct pv_swap *swap, uint64_t *block);
+/* Gives it back; waits: it is the next one again. */
+void queue_give(struct pv_swap *swap, uint64_t block, bool waits);
 
 /* ---- swap_in.c: the functions of the home ---- */
 

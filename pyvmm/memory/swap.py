@@ -10,7 +10,7 @@ import secrets
 
 from pyvmm._native import ffi, lib
 from pyvmm.errors import BadInput, HostError, check
-from pyvmm.layout import PAGE_SIZE, format_size
+from pyvmm.layout import GIB, PAGE_SIZE, format_size
 from pyvmm.record import Record
 
 TYPE_CHECKING = False
@@ -29,24 +29,31 @@ _LOOK = 64
 """Blocks that shrink() has go out between two looks at how much is left."""
 
 
+CODECS = {"lz4": (lib.PV_CODEC_LZ4, "liblz4.so.1", "liblz4-1"), "zstd": (lib.PV_CODEC_ZSTD, "libzstd.so.1", "libzstd1")}
+"""How pages can be compressed: number, library, and the package that has it."""
+
+
 class SwapCounts(Record):
-    """slots: pages that the file has room for; of these, live: a page is there; kept: for one that has come back, and
-    may go out again unchanged; free. queued, behind: blocks to be written; of which something could not be.
+    """slots: of slot_bytes each, that the file has; free: of these, no page's. live: pages that are there; kept: that
+    have come back, and may go out again unchanged; stored: bytes of both. queued, behind: blocks to be written; of
+    which something could not be.
 
     Pages, since the beginning. out: of these, zeros, which take no slot, and saved: not written, since the file had
     them; late: came back before they were written. came: back; ahead: read with one that was touched; refaults: came
     back before as many others had gone out as were in RAM. writes, reads: calls, and bytes_*; given_up: slots that
-    were kept, until the file was full. errors: times that something could not be written, `error`: the last errno.
+    were kept, until the file was full; given_back: bytes of disk space that no page took any more. errors: times that
+    something could not be written, `error`: the last errno.
     """
 
     __slots__ = (
-        "ahead", "behind", "bytes_read", "bytes_written", "came", "error", "errors", "free", "given_up", "kept", "late",
-        "live", "out", "queued", "reads", "refaults", "saved", "slots", "writes", "zeros",
+        "ahead", "behind", "bytes_read", "bytes_written", "came", "error", "errors", "free", "given_back", "given_up",
+        "kept", "late", "live", "out", "queued", "reads", "refaults", "saved", "slot_bytes", "slots", "stored",
+        "writes", "zeros",
     )  # fmt: skip
 
     def __init__(self, told: CData) -> None:
-        self.slots, self.live = int(told.slots), int(told.live)
-        self.kept, self.free = int(told.kept), int(told.free)
+        self.slots, self.free, self.slot_bytes = int(told.slots), int(told.free), int(told.slot_bytes)
+        self.live, self.kept, self.stored = int(told.live), int(told.kept), int(told.stored)
         self.queued, self.behind = int(told.queued), int(told.behind)
         self.out, self.zeros = int(told.out), int(told.zeros)
         self.saved, self.late = int(told.saved), int(told.late)
@@ -54,27 +61,36 @@ class SwapCounts(Record):
         self.refaults, self.given_up = int(told.refaults), int(told.given_up)
         self.writes, self.bytes_written = int(told.writes), int(told.bytes_written)
         self.reads, self.bytes_read = int(told.reads), int(told.bytes_read)
+        self.given_back = int(told.given_back)
         self.errors, self.error = int(told.errors), int(told.error)
 
     def as_dict(self) -> dict[str, int]:
         """For JSON."""
         return {name: getattr(self, name) for name in self.__slots__}
 
+    @property
+    def ratio(self) -> float:
+        """How many times as many bytes the pages in the file have as are stored for them; 1.0 for none."""
+        return (self.live + self.kept) * PAGE_SIZE / self.stored if self.stored else 1.0
+
 
 class Swap:
     """Gives pages of `memory` a place in a file of at most `size` bytes, which has no name: it is gone with this
     process, however that ends.
 
-    path: a folder, or a name where nothing is yet; None: FOLDER. Raises BadInput, HostError.
+    path: a folder, or a name where nothing is yet; None: FOLDER. compress: None, "lz4" or "zstd", each page by itself,
+    where that makes it smaller. Raises BadInput, HostError.
     All methods may be called from any thread, and raise MemoryAccessError once the memory is closed. A page that cannot
     be read back is told as of any other home: the VM is paused, FetchError, and resume() tries again.
     """
 
-    def __init__(self, memory: GuestMemory, path: str | None, size: int) -> None:
-        slots = size // PAGE_SIZE
-        if not 0 < slots <= lib.PV_SWAP_SLOTS:
+    def __init__(self, memory: GuestMemory, path: str | None, size: int, compress: str | None = None) -> None:
+        codec = _codec(compress)
+        per_page = PAGE_SIZE // lib.pv_swap_slot(codec)
+        slots, most = size // PAGE_SIZE * per_page, lib.PV_SWAP_SLOTS // per_page
+        if not 0 < slots <= most * per_page:
             raise BadInput(
-                f"a swap of {format_size(size)}: give from 4K to {format_size(lib.PV_SWAP_SLOTS * PAGE_SIZE)}"
+                f"a swap of {format_size(size)}: give from 4K to {format_size(most * PAGE_SIZE // GIB * GIB)}"
             )
         self._memory, self._engine = memory, memory.engine
         if self._engine.serves("swap"):
@@ -85,13 +101,13 @@ class Swap:
         out = ffi.new("struct pv_swap **")
         fd = _open(self.path)
         try:
-            os.ftruncate(fd, slots * PAGE_SIZE)
+            os.ftruncate(fd, slots // per_page * PAGE_SIZE)
         except OSError as error:
             os.close(fd)
             raise BadInput(
                 f"a swap file of {format_size(size)} in {self.path}: {os.strerror(error.errno or 0)}"
             ) from None
-        opened = self._engine.call(lambda native: lib.pv_swap_open(native, fd, slots, out))
+        opened = self._engine.call(lambda native: lib.pv_swap_open(native, fd, slots, codec, out))
         check(opened, "pv_swap_open", slots=slots)
         self._swap = out[0]
         self.struct = ffi.new("struct pv_home *")
@@ -185,7 +201,7 @@ class Swap:
             return
         self._last = counts.error
         if counts.error == lib.PV_SWAP_FULL:
-            size = format_size(counts.slots * PAGE_SIZE)
+            size = format_size(counts.slots * counts.slot_bytes)
             raise HostError(f"the swap file is full, all {size} of it: pages that did not fit stay in memory")
         name, text = errno.errorcode.get(counts.error, counts.error), os.strerror(counts.error)
         raise HostError(f"the swap file in {self.path} cannot be written: {name}, {text}: its pages stay in memory")
@@ -217,6 +233,17 @@ class Swap:
             self._engine.install(first, count)
         self._engine.drop_home("swap")
         self._engine.tell(lambda _: lib.pv_swap_drop(self._swap))
+
+
+def _codec(name: str | None) -> int:
+    if name is None:
+        return int(lib.PV_CODEC_RAW)
+    if name not in CODECS:
+        raise BadInput(f"no codec {name!r} for a swap: choose one of {', '.join(CODECS)}, or none")
+    number, library, package = CODECS[name]
+    if lib.pv_codec_available(number) < 0:
+        raise HostError(f"compressing by {name} needs {library}: run 'sudo apt-get install -y {package}'")
+    return int(number)
 
 
 def _open(path: str) -> int:

@@ -94,10 +94,16 @@ RESULTS = {
         ("random data", "write() and fsync()"),
         ("half zeros data: size of the file", "raw"),
     ],
-    "swap": [("out", "swap, unchanged"), ("in", "preadv")],
     "activity": [
         ("the guest's work, of that while nobody watches", "sampled"),
         ("large pages kept", "broken to small pages"),
+    ],
+    "swap": [
+        ("out: random data", "swap, unchanged"),
+        ("out to the disk: text", "swap"),
+        ("in: text", "preadv"),
+        ("touched, from the disk: random data", "swap"),
+        ("bytes of pages / bytes stored: text", "swap"),
     ],
 }
 

@@ -43,16 +43,28 @@ def balances(swap, machine):
     swap.drain()
     until(lambda: swap.stats().live == machine.memory.pages().homes["swap"], "slots that balance")
     counts = swap.stats()
-    assert counts.live + counts.kept + counts.free == counts.slots
+    assert counts.stored == (counts.slots - counts.free) * counts.slot_bytes
+    if counts.slot_bytes == PAGE_SIZE:
+        assert counts.live + counts.kept + counts.free == counts.slots
     assert (counts.queued, counts.behind) == (0, 0)
     return counts
 
 
-@pytest.mark.parametrize(("pages", "cpus"), [("4k", 2), pytest.param("2m", 1, marks=needs("thp")), ("auto", 2)])
-def test_a_guest_runs_right_in_less_and_less_of_its_memory(vm, tmp_path, pages, cpus):
+@pytest.mark.parametrize(
+    ("pages", "cpus", "compress"),
+    [
+        ("4k", 2, None),
+        pytest.param("2m", 1, None, marks=needs("thp")),
+        ("auto", 2, None),
+        ("4k", 2, "lz4"),
+        pytest.param("2m", 1, "zstd", marks=needs("thp")),
+        ("auto", 2, "zstd"),
+    ],
+)
+def test_a_guest_runs_right_in_less_and_less_of_its_memory(vm, tmp_path, pages, cpus, compress):
     machine = working(vm, "48M", "order=random zeros=100", cpus=cpus, pages=pages)
     rng, size = random.Random(pages), machine.memory.size
-    swap = Swap(machine.memory, str(tmp_path), size)
+    swap = Swap(machine.memory, str(tmp_path), size, compress)
     choice = victims(machine, rng, pages != "4k")
     for share in (2, 4, 8):
         end = time.monotonic() + float(os.environ.get("PYVMM_HAMMER", SECONDS))
@@ -70,6 +82,7 @@ def test_a_guest_runs_right_in_less_and_less_of_its_memory(vm, tmp_path, pages, 
     assert counts.came > 0
     assert counts.zeros > 0
     assert counts.errors == 0
+    assert counts.ratio == 1.0 if compress is None else counts.ratio > 1.0
     judge(machine)
     balances(swap, machine)
     swap.close()
@@ -161,6 +174,31 @@ def test_a_file_that_is_damaged_pauses_the_guest(vm, tmp_path):
     judge(machine)
 
 
+@pytest.mark.parametrize("compress", [None, "lz4", "zstd"])
+def test_disk_space_that_no_page_takes_is_given_back(tmp_path, compress):
+    """By itself, once there is nothing to write. Pages of zeros take none."""
+    folder, pages = tmp_path / "swap-here", 8 * MIB // PAGE_SIZE
+    folder.mkdir()
+    memory, noise = GuestMemory(16 * MIB), random.Random(1).randbytes(MIB)
+    for at in range(0, pages, MIB // PAGE_SIZE):
+        memory.write(memory.gpa_of(at), noise)
+    swap = Swap(memory, str(folder), 16 * MIB, compress)
+    fd = swap_fd()
+    swap.out([(0, pages)])
+    swap.drain()
+    os.fsync(fd)  # some file systems count blocks only when they are on the disk
+    before = os.fstat(fd).st_blocks * 512
+    assert before >= 8 * MIB
+    memory.zero(memory.gpa_of(0), 6 * MIB)
+    swap.out([(0, pages)])
+    swap.drain()
+    assert swap.stats().stored == 2 * MIB
+    until(lambda: swap.stats().given_back >= 5 * MIB, "disk space")
+    until(lambda: os.fstat(fd).st_blocks * 512 <= before - 5 * MIB, "blocks")
+    assert memory.read(memory.gpa_of(pages - MIB // PAGE_SIZE), MIB) == noise
+    memory.close()
+
+
 def test_beginnings_and_ends(tmp_path):
     memory = GuestMemory(16 * MIB)
     here = tmp_path / "here"
@@ -173,6 +211,10 @@ def test_beginnings_and_ends(tmp_path):
     ):
         with pytest.raises(BadInput, match=words):
             Swap(memory, path, size)
+    with pytest.raises(BadInput, match=r"no codec 'gzip' for a swap: choose one of lz4, zstd, or none"):
+        Swap(memory, None, MIB, "gzip")
+    with pytest.raises(BadInput, match="give from 4K to 2047G"):
+        Swap(memory, None, 3 << 40, "lz4")
     assert here.read_text() == "precious"
     swap = Swap(memory, str(tmp_path / "name"), MIB)
     assert os.listdir(tmp_path) == ["here"]

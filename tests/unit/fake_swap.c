@@ -3,13 +3,17 @@
 #include "fake_uffd.c"
 #include "swap_inside.h"
 
+#include <fcntl.h>
+#include <sys/stat.h>
+
 #undef preadv
 #undef pwritev
+#undef fallocate
 
 static struct pv_engine *own;
 static struct pv_swap *swap;
 static struct {
-    int what; /* 0: nothing; 1: read; 2: written; 3: written, and out again */
+    int what; /* 0: nothing; 1: read; 2: written; 3: written, and out again; 4: ... and another writer is at work */
     uint64_t page, count, value, done;
 } meanwhile;
 
@@ -36,14 +40,16 @@ static void touch_meanwhile(void)
             break;
         meanwhile.done += what > 1;
     }
-    if (what == 3)
+    if (what >= 3)
         (void)!pv_swap_out(swap, meanwhile.page, (uint32_t)meanwhile.count);
+    if (what == 4 && swap->writers > 1)
+        (void)!batch_write(&swap->batches[1]);
 }
 
 /* As the kernel: it may do less than it was asked for. */
 static ssize_t some(vector_call *call, int which, int fd, const struct iovec *parts, int count, off_t offset)
 {
-    struct iovec less[PV_BLOCK_PAGES];
+    struct iovec less[2 * PV_BLOCK_PAGES];
     uint64_t bytes = 0, allowed;
     for (int i = 0; i < count; i++)
         bytes += parts[i].iov_len;
@@ -72,22 +78,43 @@ ssize_t fake_preadv(int fd, const struct iovec *parts, int count, off_t offset)
     return some(preadv, GET, fd, parts, count, offset);
 }
 
+static int holes_fail; /* an errno */
+
+int fake_fallocate(int fd, int mode, off_t offset, off_t length)
+{
+    if (!holes_fail)
+        return fallocate(fd, mode, offset, length);
+    errno = holes_fail;
+    return -1;
+}
+
+void fake_no_holes(int error) { holes_fail = error; }
+
+static off_t place_of(uint64_t page) { return (off_t)slot_at(swap, page) << swap->shift; }
+
 static uint64_t value_in_file(uint64_t word)
 {
-    static uint8_t page[PV_PAGE] __attribute__((aligned(8)));
-    if (pread(swap->fd, page, PV_PAGE, (off_t)((word >> PV_PAGE_LOCATOR_SHIFT) * PV_PAGE)) != PV_PAGE)
+    static uint8_t page[PV_PAGE] __attribute__((aligned(8))), stored[PV_PAGE];
+    uint64_t owner = swap->page_at[word >> PV_PAGE_LOCATOR_SHIFT] - 1;
+    uint32_t size = swap->records[owner].size;
+    if (pread(swap->fd, stored, size, place_of(owner)) != size)
         return UINT64_MAX - 2;
+    if (size == PV_PAGE)
+        memcpy(page, stored, PV_PAGE);
+    else if (pv_codec_decompress(swap->codec, stored, size, page, PV_PAGE))
+        return UINT64_MAX - 3;
     return value_at(page);
 }
 
-struct pv_swap *fake_swap_open(struct pv_engine *engine, uint64_t slots)
+struct pv_swap *fake_swap_open(struct pv_engine *engine, uint64_t slots, int codec)
 {
     struct pv_home swap_home;
     int fd = memfd_create("swap", MFD_CLOEXEC);
-    if (fd < 0 || ftruncate(fd, (off_t)(slots * PV_PAGE)) || pv_swap_open(engine, fd, slots, &swap))
+    if (fd < 0 || ftruncate(fd, (off_t)(slots * pv_swap_slot(codec))) || pv_swap_open(engine, fd, slots, codec, &swap))
         abort();
     own = engine;
     meanwhile.what = 0;
+    holes_fail = 0;
     elsewhere = value_in_file;
     pv_swap_home(swap, &swap_home);
     pv_engine_home(engine, PV_HOME_SWAP, &swap_home);
@@ -101,11 +128,11 @@ void fake_swap_close(void)
     pv_swap_close(swap);
 }
 
-/* Changes a byte of a page's slot; or has the file end there. */
-void fake_damage(uint64_t page, int shorter)
+/* Changes a bit of what is stored of a page, or has the file end there. Whoever does it twice has it as it was. */
+void fake_damage(uint64_t page, uint32_t bit, int shorter)
 {
     uint8_t byte;
-    off_t at = (off_t)((own->page_words[page] >> PV_PAGE_LOCATOR_SHIFT) * PV_PAGE + 100);
+    off_t at = place_of(page) + bit / 8 % swap->records[page].size;
     if (shorter) {
         if (ftruncate(swap->fd, at))
             abort();
@@ -113,38 +140,70 @@ void fake_damage(uint64_t page, int shorter)
     }
     if (pread(swap->fd, &byte, 1, at) != 1)
         abort();
-    byte ^= 1;
+    byte ^= (uint8_t)(1u << bit % 8);
     if (pwrite(swap->fd, &byte, 1, at) != 1)
         abort();
 }
 
+/* The file's bytes on disk. */
+uint64_t fake_disk(void)
+{
+    struct stat seen;
+    if (fstat(swap->fd, &seen))
+        abort();
+    return (uint64_t)seen.st_blocks * 512;
+}
+
+/* Bytes that are stored of a page, 0 where it has no place; and where. */
+uint32_t fake_stored(uint64_t page) { return swap->slot_of[page] ? swap->records[page].size : 0; }
+uint64_t fake_place(uint64_t page) { return swap->slot_of[page]; }
+
 /* What is wrong with the slots: the length of a text. */
 int fake_slots(char *text, size_t size)
 {
-    uint64_t live = 0, kept = 0, taken = 0;
-    for (uint64_t slot = 0; slot < swap->told.slots; slot++) {
-        uint32_t state = slot_state(&swap->table[slot]);
-        uint64_t page = slot_page(&swap->table[slot]);
-        MUST(state != SLOT_BUSY, "slot %lu is busy", slot);
-        MUST((state != SLOT_FREE) == has_bit_at(swap->taken, slot), "slot %lu is %u, by its bit it is not", slot, state);
-        taken += state != SLOT_FREE;
-        live += state == SLOT_LIVE;
-        kept += state == SLOT_KEPT;
-        MUST(state == SLOT_FREE || swap->slot_of[page] == slot + 1, "slot %lu is page %lu's, which has %u", slot, page,
-             swap->slot_of[page]);
-        MUST((state == SLOT_LIVE) == (state != SLOT_FREE && page_home(own, page) == PV_HOME_SWAP),
-             "slot %lu is %u, its page %lu in home %u", slot, state, page, page_home(own, page));
-    }
+    uint64_t live = 0, kept = 0, taken = 0, heads = 0, bits = 0, loose = 0;
+    static uint8_t owned[1 << 16];
+    memset(owned, 0, sizeof(owned));
     for (uint64_t page = 0; page < own->pages; page++) {
+        uint32_t state = swap->records[page].state;
         uint64_t word = own->page_words[page];
-        MUST(!swap->slot_of[page] || slot_page(&swap->table[swap->slot_of[page] - 1]) == page, "page %lu has a slot of %lu",
-             page, slot_page(&swap->table[swap->slot_of[page] - 1]));
-        MUST((word & PV_PAGE_HOME) != PV_HOME_SWAP || swap->slot_of[page] == (word >> PV_PAGE_LOCATOR_SHIFT) + 1,
-             "page %lu is in slot %lu, it has %u", page, word >> PV_PAGE_LOCATOR_SHIFT, swap->slot_of[page]);
+        MUST(state != PLACE_BUSY, "page %lu is busy", page);
+        MUST((state == PLACE_LIVE) == (page_home(own, page) == PV_HOME_SWAP), "page %lu is %u, in home %u", page, state,
+             page_home(own, page));
+        MUST((state != PLACE_NONE) == (swap->slot_of[page] != 0), "page %lu is %u, of slot %u", page, state,
+             swap->slot_of[page]);
+        if (state == PLACE_NONE)
+            continue;
+        uint64_t slot = slot_at(swap, page);
+        uint32_t count = slots_of(swap, page);
+        live += state == PLACE_LIVE;
+        kept += state == PLACE_KEPT;
+        taken += count;
+        MUST(swap->page_at[slot] == page + 1, "page %lu is at slot %lu, which is that of %u", page, slot,
+             swap->page_at[slot]);
+        MUST(count && slot + count <= swap->told.slots, "page %lu has %u slots from %lu on", page, count, slot);
+        MUST((word & PV_PAGE_HOME) != PV_HOME_SWAP || slot == word >> PV_PAGE_LOCATOR_SHIFT,
+             "page %lu is in slot %lu, it has %lu", page, word >> PV_PAGE_LOCATOR_SHIFT, slot);
+        for (uint64_t each = slot; each < slot + count; each++) {
+            MUST(!owned[each]++, "slot %lu is of page %lu and of another", each, page);
+            MUST(has_bit_at(swap->taken, each), "slot %lu of page %lu is free by its bit", each, page);
+            MUST(has_bit_at(swap->filled, each >> (PAGE_SHIFT - swap->shift)), "slot %lu is a hole", each);
+        }
     }
+    for (uint64_t slot = 0; slot < swap->told.slots; slot++) {
+        heads += swap->page_at[slot] != 0;
+        bits += has_bit_at(swap->taken, slot);
+    }
+    for (uint64_t i = 0; i <= swap->told.slots / PV_BLOCK_PAGES / 64; i++)
+        loose += (uint64_t)__builtin_popcountll(swap->loose[i]);
+    MUST(heads == live + kept && bits == taken, "%lu places, of %lu slots; %lu by their pages, %lu by their bits",
+         live + kept, taken, heads, bits);
     MUST(live == swap->told.live && kept == swap->told.kept && swap->told.slots - taken == swap->told.free,
          "%lu live, %lu kept, %lu taken; counted %lu, %lu, %lu free", live, kept, taken, swap->told.live,
          swap->told.kept, swap->told.free);
-    MUST(!swap->busy, "the writer is still busy");
+    MUST(loose == swap->loosened, "%lu regions are loose, counted %lu", loose, swap->loosened);
+    MUST(!swap->busy, "a writer is still busy");
+    for (uint64_t i = 0; i <= own->blocks / 64; i++)
+        MUST(!swap->writing[i] && !swap->again[i], "blocks of %lu are in a batch", i * 64);
     return 0;
 }
