@@ -114,9 +114,7 @@ class _Activity(Session):
             order=args.order,
             budget=args.budget,
             full=args.full,
-            cpus=args.cpus,
             seed=args.seed,
-            paused=lambda: vm.paused,
             on_sample=self._seen,
         )
         self._rates = _Rates(vm)

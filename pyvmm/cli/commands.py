@@ -81,8 +81,14 @@ _LESS = (
         metavar="FILE|SIZE",
     ),
     Option(
+        "--swap-compress",
+        "what goes there: lz4, zstd, or none (default)",
+        default="none",
+        choices=("none", "lz4", "zstd"),
+    ),
+    Option(
         "--policy",
-        "who chooses what goes: clock (default), random, activity, sharing-first, or file.py:Class",
+        "who chooses what goes: activity (default), clock, random, sharing-first, or file.py:Class",
         metavar="NAME",
     ),
 )

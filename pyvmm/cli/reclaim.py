@@ -8,6 +8,7 @@ import sys
 
 from pyvmm.errors import BadInput
 from pyvmm.layout import format_size, parse_size
+from pyvmm.memory.reclaim.reclaimer import LEAST, POLICY
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -18,9 +19,8 @@ if TYPE_CHECKING:
 def check(args: Arguments) -> None:
     """Raises BadInput for what cannot be meant."""
     if args.limit is not None:
-        least = _least()
-        if parse_size(args.limit) < least:
-            raise BadInput(f"--limit {args.limit}: a VM needs at least {format_size(least)} of memory")
+        if parse_size(args.limit) < LEAST:
+            raise BadInput(f"--limit {args.limit}: a VM needs at least {format_size(LEAST)} of memory")
     elif args.policy is not None and args.swap is None:
         raise BadInput("--policy says who chooses what goes, --limit SIZE must say how much may stay")
     if args.policy is not None:
@@ -32,7 +32,8 @@ def check(args: Arguments) -> None:
 def ready(vm: VM, args: Arguments) -> None:
     """A swap as the options say. What goes wrong later is told on stderr, in a line. Raises BadInput, HostError."""
     path, size = place(args.swap)
-    reclaimer = vm.memory.reclaim(path, size, **({} if args.policy is None else {"policy": args.policy}))
+    compress = None if args.swap_compress == "none" else args.swap_compress
+    reclaimer = vm.memory.reclaim(path, size, compress, args.policy or POLICY)
     reclaimer.on_trouble = lambda text: print(f"pyvmm: {text}", file=sys.stderr, flush=True)
 
 
@@ -53,9 +54,3 @@ def place(swap: str | None) -> tuple[str | None, int | None]:
         return None, parse_size(swap)
     except BadInput:
         return os.path.abspath(swap), None
-
-
-def _least() -> int:
-    from pyvmm.memory.reclaim.reclaimer import LEAST
-
-    return LEAST

@@ -91,7 +91,7 @@ def _table(found: dict[str, Any], before: dict[str, Any], seconds: float) -> Tab
     row("back from swap", "came", swap, old)
     row("  read ahead", "ahead", swap, old)
     row("  refaults", "refaults", swap, old)
-    full = f"{swap['live'] + swap['kept']:,} of {swap['slots']:,} slots"
+    full = f"{100 * (1 - swap['free'] / swap['slots']):.0f}% of the file"
     table.add_row("in the file", f"{swap['live'] * PAGE_SIZE / (1 << 20):,.1f} MiB", full)
     if found["waits"]:
         table.add_row("faults that waited", f"{found['waits']:,}", f"longest {found['longest'] * 1e3:,.1f} ms")

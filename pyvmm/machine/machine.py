@@ -121,6 +121,7 @@ class VM:
             stack.callback(self.memory.close_engine)
             stack.callback(self._life.close, self.memory.close_engine)
             self.memory.on_engine = self._on_engine
+            self.memory.paused = lambda: self._life.paused
             self._stack = stack.pop_all()
 
     def __enter__(self) -> Self:

@@ -106,6 +106,11 @@ class Engine:
         lib.pv_engine_vcpu(self._native, len(self._vcpus), native)
         self._vcpus.append(native)
 
+    @property
+    def cpus(self) -> int:
+        """vCPUs that have been attached."""
+        return len(self._vcpus)
+
     def equip(self) -> None:
         """Makes ready what the first operation needs, for who has no time then."""
         self.call(lambda native: 0)

@@ -60,6 +60,8 @@ class GuestMemory:
         self.untouched = True
         self.on_engine: Callable[[Engine], None] = lambda engine: None
         """Called with the engine when it is first asked for."""
+        self.paused: Callable[[], bool] = lambda: False
+        """Does the guest stand?"""
         self._engine: Engine | None = None
         self._kept: list[Callable[[], object]] = []
         self._ends: list[Callable[[], object]] = []
@@ -116,16 +118,21 @@ class GuestMemory:
             return self._engine
 
     def reclaim(
-        self, swap: str | None = None, size: int | None = None, policy: str = "clock", seed: int = 0
+        self,
+        swap: str | None = None,
+        size: int | None = None,
+        compress: str | None = None,
+        policy: str = "activity",
+        seed: int = 0,
     ) -> Reclaimer:
-        """Makes ready what keeps a limit, once. swap: where pages go, see Swap; size: of that, in bytes; by default as
-        much as there is RAM. policy, seed: see Reclaimer. Raises BadInput, HostError."""
+        """Makes ready what keeps a limit, once. swap, compress: where pages go, see Swap; size: of that, in bytes; by
+        default as much as there is RAM. policy, seed: see Reclaimer. Raises BadInput, HostError."""
         from pyvmm.memory.reclaim.reclaimer import Reclaimer
         from pyvmm.memory.swap import Swap
 
         if self.reclaimer is not None:
             raise BadInput("what this VM gives up has a policy and a swap already")
-        home = Swap(self, swap, self.size if size is None else size)
+        home = Swap(self, swap, self.size if size is None else size, compress)
         try:
             self.reclaimer = Reclaimer(self, home, policy, seed)
         except BaseException:

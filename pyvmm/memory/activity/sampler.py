@@ -63,7 +63,8 @@ class Sampler:
     A block of which `threshold` pages are touched is active, and no longer watched from that moment on: so a hot block
     costs as many faults and no more; full: watch it to the end, and count all its pages. order: "random", as estimates
     of the working set need it, or "clock", one after the other. budget: the share of vCPUs' time that faults of the
-    sampling may take. cpus: vCPUs; paused: does the guest stand (then no window goes on)? seed: of the order.
+    sampling may take. cpus: vCPUs, and paused: does the guest stand (then no window goes on)? Both as the memory knows.
+    seed: of the order.
 
     on_sample(block, touched, active): called for each sample with a bit a page; not for those that were broken off
     before they could say anything. decide(block, touched): may the block stay (True, also where nothing is given), or
@@ -83,12 +84,13 @@ class Sampler:
         order: Order = "random",
         budget: float = 0.02,
         full: bool = False,
-        cpus: int = 1,
+        cpus: int | None = None,
         seed: int | None = None,
-        paused: Callable[[], bool] = lambda: False,
+        paused: Callable[[], bool] | None = None,
         on_sample: Callable[[int, int, bool], object] = lambda block, touched, active: None,
         decide: Callable[[int, int], bool] | None = None,
     ) -> None:
+        cpus = max(memory.engine.cpus, 1) if cpus is None else cpus
         _check_options(window, share, threshold, order, budget, cpus)
         self._engine = memory.engine
         self._blocks = memory.size // BLOCK_SIZE
@@ -100,7 +102,7 @@ class Sampler:
         self.decide = decide
         self._most = max(int(self._blocks * share), 1)
         self._budget = budget * cpus * 1e9  # ns a second
-        self._paused = paused
+        self._paused = memory.paused if paused is None else paused
         self._next = self._in_order(order, seed)
         self._running: dict[int, float] = {}  # blocks, and when their window is over
         self._small: set[int] = set()  # blocks that came back as small pages

@@ -6,14 +6,16 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from contextlib import suppress
 
 from pyvmm._native import ffi, lib
 from pyvmm.errors import BadInput, HostError, MemoryAccessError, check
 from pyvmm.layout import MIB, PAGE_SIZE, format_size
+from pyvmm.memory.activity import Sampler
 from pyvmm.memory.reclaim.live import LiveView, Told
 from pyvmm.memory.reclaim.policies import Clock
-from pyvmm.memory.reclaim.policy import BLOCK_PAGES, Block, Share, broken, find
+from pyvmm.memory.reclaim.policy import BLOCK_PAGES, Block, Policy, Share, broken, find
 from pyvmm.record import Record
 
 TYPE_CHECKING = False
@@ -21,12 +23,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from pyvmm.memory import GuestMemory
-    from pyvmm.memory.reclaim.policy import Policy, Victim
+    from pyvmm.memory.reclaim.policy import Victim
     from pyvmm.memory.swap import Swap
 
 LEAST = 8 * MIB
 """Bytes: no limit is lower. A guest needs some pages at once, and one block of 2 MiB may come with each."""
-POLICY = "clock"
+POLICY = "activity"
 _NEVER = (1 << 64) - 1
 _ROOM = BLOCK_PAGES
 """Pages below the limit at which reclaim begins, so that a fault that brings a whole block need not wait for it."""
@@ -38,6 +40,8 @@ _BATCH = 4096
 """Pages taken out between two looks at how much is left."""
 _TICK_MS = 100
 _RETRY_SECONDS = 1.0
+_PRESSED_SECONDS = 2.0
+"""For so long after something had to go, blocks of low activity are broken."""
 _IN_USE = "nothing more can leave memory: it is in use"
 
 
@@ -88,8 +92,15 @@ class Reclaimer:
         self._news = threading.Condition()
         self._thread: threading.Thread | None = None
         self._ending = False
+        self._over = threading.Event()
         self._taken = 0
         self._before = swap.stats().out
+        self._sampler: Sampler | None = None
+        self._samples: deque[tuple[int, int]] = (
+            deque()
+        )  # a block and which of its pages were touched: the sampler's thread
+        self._cold: deque[int] = deque()  # blocks that it has broken, since they are cold
+        self._pressed = 0.0  # until then memory counts as short
         self._waiting: dict[int, None] = {}  # blocks of which something is aside, the oldest first
         self._tried = 0.0
         self._since: float | None = None  # nothing can go
@@ -120,6 +131,9 @@ class Reclaimer:
             self._limit = limit
             self._ceiling = _NEVER
             self._lower(self._engine.call(lib.pv_limit_resident, equip=False))
+            if self._kind.sampled is not Policy.sampled and self._sampler is None:
+                self._sampler = Sampler(self._memory, on_sample=self._sampled, decide=self._may_stay)
+                self._sampler.start()
             if self._thread is None:
                 self._memory.before_end(self._end)
                 self._thread = threading.Thread(target=self._run, name="reclaim", daemon=True)
@@ -167,6 +181,7 @@ class Reclaimer:
     def _end(self) -> None:
         with self._changing:
             self._ending = True
+        self._over.set()
         with suppress(MemoryAccessError):
             self._engine.tell(lib.pv_limit_end)
         with self._news:
@@ -184,20 +199,41 @@ class Reclaimer:
                 self._retry()
                 if above and self._limit is not None:
                     self._shrink(self._limit // PAGE_SIZE)
+                    if self._since is not None:
+                        self._over.wait(_TICK_MS / 1000)
                 with self._news:
                     self._news.notify_all()
+
+    def _sampled(self, block: int, touched: int, active: bool) -> None:
+        self._samples.append((block, touched))
+
+    def _may_stay(self, block: int, touched: int) -> bool:
+        """Technique T8: of a block of low activity, what nobody touches goes, where memory is short."""
+        if time.monotonic() > self._pressed:
+            return True
+        self._cold.append(block)
+        return False
 
     def _tell(self, touched: bool = True) -> None:
         came, left = self._view.look()
         try:
             self._told.changed(came, left, touched)
+            while self._samples:
+                self._told.policy.sampled(*self._samples.popleft())
         except Exception as error:
             self._replace(error)
+        while self._cold:
+            self._put_last(self._cold.popleft())
+
+    def _put_last(self, block: int) -> None:
+        self._waiting.pop(block, None)
+        self._waiting[block] = None
 
     def _shrink(self, limit: int) -> None:
         """Until enough room is free."""
         view = self._view
         view.limit = limit
+        self._pressed = time.monotonic() + _PRESSED_SECONDS
         target = limit - _ROOM - limit // _STEP
         self._tell()
         vain, enough = 0, 2 * view.pages  # victims in a row that stayed: a policy may come by all that is in use first
@@ -240,8 +276,7 @@ class Reclaimer:
         gone = self._engine.call(lib.pv_engine_remove_runs, native, len(native))
         check(min(gone, 0), "UFFDIO_MOVE", runs=len(native))
         for first, _ in runs:
-            self._waiting.pop(first // BLOCK_PAGES, None)
-            self._waiting[first // BLOCK_PAGES] = None
+            self._put_last(first // BLOCK_PAGES)
         self._taken += gone
         self._tell(touched=False)  # what was in use has stayed
         return chosen, gone
@@ -291,9 +326,10 @@ class Reclaimer:
         path = getattr(self._kind.victims, "__code__", None)
         text = str(error) if isinstance(error, BadInput) else broken(error, path.co_filename if path else "")
         self._kind = Clock
+        self._samples.clear()
         self._told = Told(Clock, self._view)
         self._say(f"policy {self.policy}: {text}: clock goes on in its place")
-        self.policy = POLICY
+        self.policy = "clock"
 
     def _stuck(self, stuck: bool) -> None:
         """Pages that are in use for a while, as by a save, are no trouble yet."""
