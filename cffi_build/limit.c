@@ -118,10 +118,9 @@ void limit_wait(struct pv_engine *engine, uint64_t page)
 /* ---- whole blocks: large pages are worth it where the guest uses most of them ---- */
 
 /* Time is told in turns: in one, as many pages leave memory as may be resident. */
-#define SOON 2          /* turns after which a whole block that goes has stayed for long enough */
 #define BELIEVED 16     /* turns for which a block that was dense counts as such */
-#define FEW 32u
-#define DENSE 128u      /* a block of which few pages were here, and within a quarter of a turn so many: it is dense */
+#define FEW 16u
+#define DENSE 64u      /* a block of which few pages were here, and within a quarter of a turn so many: it is dense */
 
 static bool within(const struct limit *limit, uint64_t since, uint64_t quarters)
 {
@@ -136,14 +135,14 @@ void limit_came_whole(struct pv_engine *engine, uint64_t block)
         limit->whole_at[block] = load(&limit->clock) + 1;
 }
 
-/* Two blocks of which a guest uses a page each would bring and take 1024 pages, over and over. */
+/* It comes in pieces, until it shows that it is dense: a guest that uses a page each of many blocks would else bring and
+ * take 512 pages for each touch, over and over. */
 void limit_gone_whole(struct pv_engine *engine, uint64_t block)
 {
     struct limit *limit = &engine->limit;
     if (load(&limit->most) == UINT64_MAX || within(limit, limit->dense_at[block], 4 * BELIEVED))
         return;
-    if (within(limit, limit->whole_at[block], 4 * SOON))
-        block_flags(engine, block, PV_BLOCK_PIECES, 0);
+    block_flags(engine, block, PV_BLOCK_PIECES, 0);
 }
 
 bool limit_is_dense(struct pv_engine *engine, uint64_t block)

@@ -85,15 +85,21 @@ class Activity(Clock):
         self._seen: dict[int, int] = {}
         self._order: Iterator[Victim] = self._ordered()
 
+    def came(self, page: int) -> None:
+        """See Policy: touched since the last window, and so no victim before the next one."""
+        block = page // BLOCK_PAGES
+        if block in self._seen:
+            self._seen[block] |= 1 << page % BLOCK_PAGES
+
     def sampled(self, block: int, touched: int) -> None:
         """See Policy."""
         self._seen[block] = touched
         self._order = self._ordered()
 
     def activity(self, block: int) -> int:
-        """Small pages touched in the last window; of a block that was not watched, as many as a hot one needs."""
+        """Small pages touched in the last window, and since; a block that was not watched is taken for a lukewarm one."""
         touched = self._seen.get(block)
-        return _HOT if touched is None else touched.bit_count()
+        return _HOT - 1 if touched is None else touched.bit_count()
 
     def victims(self, wanted: int) -> Iterator[Victim]:
         """See Policy. Goes on where it stopped: what came back since then was touched since then."""
@@ -104,7 +110,7 @@ class Activity(Clock):
         tie = self.view.random.random
         order = sorted((self.activity(block), tie(), block) for block in range(self.view.blocks))
         for activity, _, block in order:
-            if activity > _HOT:
+            if activity >= _HOT:
                 return
             if self._seen.get(block):
                 yield from self._untouched(block)
