@@ -97,7 +97,7 @@ class Activity(Clock):
         self._order = self._ordered()
 
     def activity(self, block: int) -> int:
-        """Small pages touched in the last window, and since; a block that was not watched is taken for a lukewarm one."""
+        """Small pages touched in the last window, and since; a block that was not watched counts as a lukewarm one."""
         touched = self._seen.get(block)
         return _HOT - 1 if touched is None else touched.bit_count()
 
