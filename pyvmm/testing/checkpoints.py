@@ -18,7 +18,7 @@ from pyvmm.testing.operations import PATIENCE, Wrong, check_contents
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from pyvmm.memory import GuestMemory
     from pyvmm.memory.space import Pages
@@ -43,8 +43,10 @@ class Tortured(VM):
         pages: Pages = "auto",
         hugetlb: bool = False,
         output: Callable[[bytes], None] | None = None,
+        *,
+        devices: Sequence[str] = (),
     ) -> None:
-        super().__init__(memory, cpus, pages, hugetlb, output, self.entries)
+        super().__init__(memory, cpus, pages, hugetlb, output, self.entries, devices)
         self.memory.engine.poison = True
 
 
