@@ -36,6 +36,7 @@
 #define PV_BLOCK_PENDING (1u << 5)        /* the words of its pages are not filled in: the source of all RAM knows */
 #define PV_BLOCK_UNITS (1u << 6)          /* some of its pages are, or were, in a home that gathers */
 #define PV_BLOCK_TOUCHED (1u << 7)        /* and one such page has been touched */
+#define PV_BLOCK_MERGEABLE (1u << 8)      /* the kernel may merge its pages with equal ones (KSM) */
 #define PV_BLOCK_PIECES (1u << 10)        /* it came whole and soon went again: touches bring parts of it, until it is dense */
 #define PV_BLOCK_SAMPLED (1u << 8)        /* aside as one large page; those PRESENT are copies of it: sample.c */
 #define PV_BLOCK_AWAY_SHIFT 16            /* pages away, 0 to 512: 10 bits */
@@ -265,6 +266,19 @@ int pv_engine_held(struct pv_engine *engine, uint64_t page, uint64_t count, uint
 
 /* Sets the bits of the pages that are in a home, and counts them; of those that come back meanwhile, maybe. */
 uint64_t pv_engine_at_home(struct pv_engine *engine, uint32_t home, uint64_t *bits);
+
+/* ---- scan.c, sharing.c: pages with equal contents (technique T5, US9977747B2) ---- */
+
+#define PV_SCAN_UNKNOWN 0 /* in a home that would have to be asked */
+#define PV_SCAN_ZERO 1    /* a page of zeros that takes memory */
+#define PV_SCAN_NOTHING 2 /* zeros that take none */
+#define PV_SCAN_CONTENT 3 /* from here on: a hash of what the page holds (XXH64) */
+
+/* One of these for each page in the range. Fetches nothing, makes nothing resident, breaks and marks nothing. */
+int pv_scan(struct pv_engine *engine, uint64_t page, uint64_t count, uint64_t *hashes) PV_CHECKED;
+/* Lets the kernel merge pages of a block that is mapped by small pages (-EINVAL for one that is not), or undoes that: each
+ * page takes memory of its own again. pv_engine_merge undoes it too. While a live save runs, nothing is merged. */
+int pv_engine_share(struct pv_engine *engine, uint64_t block, int on) PV_CHECKED;
 
 /* ---- coarse write traces (technique T7, US11995459B2) ---- */
 
