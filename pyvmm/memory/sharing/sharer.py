@@ -1,0 +1,128 @@
+# sharer.py: large pages are broken, their zeros dropped and their duplicates merged by the kernel, where that is worth
+# it. Units: blocks of 2 MiB, pages of 4 KiB.
+"""`share_blocks()`, `unshare()`, and `Sharer`, which chooses under pressure."""
+
+from __future__ import annotations
+
+from pyvmm._native import lib
+from pyvmm.errors import HostError, check
+from pyvmm.layout import PAGE_SIZE
+from pyvmm.memory.reclaim.policies import duplicates_needed
+from pyvmm.memory.sharing.estimate import BLOCK_PAGES
+from pyvmm.memory.sharing.ksm import Figures, footprint, ksm_running, settled
+from pyvmm.memory.sharing.scanner import free_share
+from pyvmm.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from pyvmm.memory import GuestMemory
+    from pyvmm.memory.sharing.estimate import Estimate
+
+AT_ONCE = 32
+"""Blocks that a Sharer breaks before it looks at the free memory again."""
+
+
+class Shared(Record):
+    """What came of sharing blocks. blocks: those that are shared; broken: large pages given up for that; refused: blocks
+    in use; zeros: pages dropped, some of which may be back. before, after: bytes of the host's that RAM took, by the
+    kernel's figures (ksm.footprint); merging: pages that the kernel has merged, or that stand for others."""
+
+    __slots__ = ("after", "before", "blocks", "broken", "merging", "refused", "zeros")
+
+    def __init__(self) -> None:
+        self.blocks = self.broken = self.refused = self.zeros = 0
+        self.before = self.after = self.merging = 0
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def bytes_freed(self) -> int:
+        """What sharing has freed, if the guest has brought nothing else meanwhile."""
+        return self.before - self.after
+
+
+def is_shared(memory: GuestMemory, block: int) -> bool:
+    """May the kernel merge pages of it?"""
+    return bool(int(memory.engine.block_words[block]) & lib.PV_BLOCK_MERGEABLE)
+
+
+def mark(memory: GuestMemory, block: int, found: Shared, large: bool) -> bool:
+    """Breaks a block, drops its pages of zeros, and lets the kernel merge the others. False where it is in use."""
+    engine, first = memory.engine, block * BLOCK_PAGES
+    try:
+        engine.break_(block)
+    except HostError as error:
+        if "in use" not in str(error):
+            raise
+        found.refused += 1
+        return False
+    found.zeros += engine.remove(first, BLOCK_PAGES, what="zero")
+    check(engine.call(lib.pv_engine_share, block, True, equip=False), "MADV_MERGEABLE", block=block)
+    found.blocks += 1
+    found.broken += large
+    return True
+
+
+def share_blocks(memory: GuestMemory, blocks: Iterable[int], start_ksm: bool = False, seconds: float = 30.0) -> Shared:
+    """Shares these blocks, and waits until the kernel has merged what it can, for `seconds` at most.
+
+    start_ksm: has the kernel begin with it, if it does not merge now, and puts its settings back. Raises HostError where
+    it does not. Blocks in use stay as they are.
+    """
+    found = Shared()
+    with ksm_running(start_ksm):
+        found.before, looks = footprint(memory), memory.engine.looks()
+        for block in blocks:
+            mark(memory, block, found, looks[block] == "large")
+        if found.blocks:
+            settled(seconds)
+        found.after, found.merging = footprint(memory), Figures().merging
+    return found
+
+
+def unshare(memory: GuestMemory, block: int, large: bool = True) -> None:
+    """Gives all pages of a block memory of their own again; large: makes it one large page, with its zeros in it. Raises
+    HostError where it is in use."""
+    if large:
+        memory.engine.merge(block)
+    else:
+        check(memory.engine.call(lib.pv_engine_share, block, False, equip=False), "MADV_UNMERGEABLE", block=block)
+
+
+class Sharer:
+    """Shares blocks in the order of how much that frees, the fewer duplicates sufficing the less memory is free.
+
+    hot: is a block in use by the guest, by what sampling says (technique T8)? Such a block stays whole, and becomes whole
+    again. free: the free share of memory now. shared: the blocks that are; done: what was done, without what the kernel has freed.
+    """
+
+    def __init__(
+        self,
+        memory: GuestMemory,
+        hot: Callable[[int], bool] = lambda block: False,
+        free: Callable[[], float] = free_share,
+    ) -> None:
+        self._memory, self._hot, self._free = memory, hot, free
+        self.shared: set[int] = set()
+        self.done = Shared()
+
+    def step(self, estimate: Estimate) -> int:
+        """Makes whole what has become hot, and shares up to AT_ONCE blocks more. Returns how many are shared now that
+        were not."""
+        for block in [block for block in sorted(self.shared) if self._hot(block)]:
+            unshare(self._memory, block)
+            self.shared.discard(block)
+        chosen = self.choose(estimate)[:AT_ONCE]
+        looks = self._memory.engine.looks()
+        fresh = [block for block in chosen if mark(self._memory, block, self.done, looks[block] == "large")]
+        self.shared.update(fresh)
+        return len(fresh)
+
+    def choose(self, estimate: Estimate) -> list[int]:
+        """The blocks that are worth it with so little free memory, the best first."""
+        least = duplicates_needed(self._free())
+        counts = estimate.counts()[: self._memory.size // PAGE_SIZE // BLOCK_PAGES]
+        found = [block for block, count in enumerate(counts) if count >= least and block not in self.shared]
+        return sorted((block for block in found if not self._hot(block)), key=lambda block: (-counts[block], block))
