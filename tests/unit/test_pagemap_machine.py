@@ -465,10 +465,32 @@ def test_a_page_that_is_merged_and_written_in_the_midst_of_a_look_is_found_the_n
     assert lib.pv_trace_start(own, 21, 0) == 0
     assert lib.pv_engine_share(own, 0, 1) == 0
     bits_of(lib, own)
+    lib.fake_merge(4, 1)
     lib.fake_merge_later(7, 9)
-    assert bits_of(lib, own) == set()
+    assert bits_of(lib, own) == {4}
     assert lib.fake_merged_later()
     assert bits_of(lib, own) == {7}
+    assert lib.pv_trace_stop(own) == 0
+
+
+def test_a_live_save_has_what_was_there_before_a_page_was_merged_and_written(lib, engine):
+    own, told, found = engine(small=1), ffi.new("struct pv_live_progress *"), ffi.new("uint64_t[]", PAGES)
+    fill(lib, own)
+    assert lib.pv_engine_share(own, 1, 1) == -errno.EINVAL
+    assert lib.pv_engine_break(own, 1) == 0
+    assert lib.pv_engine_share(own, 1, 1) == 0
+    assert lib.pv_live_begin(own, ffi.NULL, 3, 0) == 0
+    assert lib.fake_freeze(own, 0) == 0
+    lib.fake_merge(BLOCK, BLOCK)
+    assert lib.guest_write(own, BLOCK + 300, 9) == 0
+    assert lib.fake_drain(own, told) == LIVE_DONE
+    lib.fake_packed(own, found)
+    assert found[BLOCK + 300] == 7
+    lib.pv_live_end(own, ffi.NULL, ffi.NULL)
+    lib.fake_merge_later(BLOCK + 300, 8)  # it may be merged again
+    assert lib.pv_trace_start(own, 12, 0) == 0
+    bits_of(lib, own)
+    assert lib.fake_merged_later()
     assert lib.pv_trace_stop(own) == 0
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from pyvmm.memory import GuestMemory
+    from pyvmm.memory.engine import Engine
     from pyvmm.memory.sharing.estimate import Estimate
 
 AT_ONCE = 32
@@ -48,21 +49,30 @@ def is_shared(memory: GuestMemory, block: int) -> bool:
     return bool(int(memory.engine.block_words[block]) & lib.PV_BLOCK_MERGEABLE)
 
 
-def mark(memory: GuestMemory, block: int, found: Shared, large: bool) -> bool:
-    """Breaks a block, drops its pages of zeros, and lets the kernel merge the others. False where it is in use."""
-    engine, first = memory.engine, block * BLOCK_PAGES
-    try:
-        engine.break_(block)
-    except HostError as error:
-        if "in use" not in str(error):
-            raise
-        found.refused += 1
-        return False
-    found.zeros += engine.remove(first, BLOCK_PAGES, what="zero")
+def mark(engine: Engine, block: int) -> int:
+    """Breaks a block, drops its pages of zeros, and lets the kernel merge the others. Returns how many were dropped.
+    Raises HostError where it is in use."""
+    engine.break_(block)
+    zeros = engine.remove(block * BLOCK_PAGES, BLOCK_PAGES, what="zero")
     check(engine.call(lib.pv_engine_share, block, True, equip=False), "MADV_MERGEABLE", block=block)
-    found.blocks += 1
-    found.broken += large
-    return True
+    return zeros
+
+
+def _mark_all(engine: Engine, blocks: Iterable[int], found: Shared) -> list[int]:
+    """Those that were not in use; counts them."""
+    looks, marked = engine.looks(), []
+    for block in blocks:
+        try:
+            found.zeros += mark(engine, block)
+        except HostError as error:
+            if "in use" not in str(error):
+                raise
+            found.refused += 1
+            continue
+        marked.append(block)
+        found.blocks += 1
+        found.broken += looks[block] == "large"
+    return marked
 
 
 def share_blocks(memory: GuestMemory, blocks: Iterable[int], start_ksm: bool = False, seconds: float = 30.0) -> Shared:
@@ -73,10 +83,8 @@ def share_blocks(memory: GuestMemory, blocks: Iterable[int], start_ksm: bool = F
     """
     found = Shared()
     with ksm_running(start_ksm):
-        found.before, looks = footprint(memory), memory.engine.looks()
-        for block in blocks:
-            mark(memory, block, found, looks[block] == "large")
-        if found.blocks:
+        found.before = footprint(memory)
+        if _mark_all(memory.engine, blocks, found):
             settled(seconds)
         found.after, found.merging = footprint(memory), Figures().merging
     return found
@@ -114,9 +122,7 @@ class Sharer:
         for block in [block for block in sorted(self.shared) if self._hot(block)]:
             unshare(self._memory, block)
             self.shared.discard(block)
-        chosen = self.choose(estimate)[:AT_ONCE]
-        looks = self._memory.engine.looks()
-        fresh = [block for block in chosen if mark(self._memory, block, self.done, looks[block] == "large")]
+        fresh = _mark_all(self._memory.engine, self.choose(estimate)[:AT_ONCE], self.done)
         self.shared.update(fresh)
         return len(fresh)
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import base64
 import binascii
 
 from pyvmm._native import ffi, lib
@@ -52,7 +51,7 @@ def scan(memory: GuestMemory, first: int = 0, count: int | None = None) -> Table
 
 def encode(table: Table) -> str:
     """Little-endian, in base64."""
-    return base64.b64encode(table.astype("<u8").tobytes()).decode()
+    return binascii.b2a_base64(table.astype("<u8").tobytes(), newline=False).decode()
 
 
 def decode(text: object, count: int) -> Table:
@@ -62,8 +61,8 @@ def decode(text: object, count: int) -> Table:
     if not isinstance(text, str) or len(text) != -(-count * 8 // 3) * 4:
         raise ControlError(f"a piece of a table of hashes is not the text of {count} pages")
     try:
-        data = base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
+        data = binascii.a2b_base64(text, strict_mode=True)
+    except ValueError:
         data = b""
     if len(data) != count * 8:
         raise ControlError(f"a piece of a table of hashes is not the base64 of {count} pages")
