@@ -14,7 +14,7 @@ from pyvmm.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from pyvmm.memory import GuestMemory
 
@@ -78,9 +78,9 @@ def why_not() -> str:
 
 
 @contextmanager
-def ksm_running(start: bool = False) -> Iterator[None]:
-    """Within its `with` the kernel merges. start: if it does not, it is told to, and quickly; all its settings are put
-    back at the end, and what was merged stays so. Only one process does that at a time, others wait.
+def ksm_running(start: bool = False, how: Mapping[str, int] = QUICK, patience: float = _PATIENCE) -> Iterator[None]:
+    """Within its `with` the kernel merges. start: if it does not, it is told to, and how; all its settings are put back
+    at the end, and what was merged stays so. Only one process does that at a time, others wait, `patience` seconds.
 
     Raises HostError where it does not and is not to be started, or we may not.
     """
@@ -89,11 +89,11 @@ def ksm_running(start: bool = False) -> Iterator[None]:
             raise HostError(missing)
         yield
         return
-    with _alone():
-        before = {name: read(name) for name in (*QUICK, "run")}
+    with _alone(patience):
+        before = {name: read(name) for name in (*how, "run")}
         try:
             if before["run"] != 1:
-                for name, value in (QUICK | {"run": 1}).items():
+                for name, value in (dict(how) | {"run": 1}).items():
                     _write(name, value)
             yield
         finally:
@@ -111,9 +111,9 @@ def _write(name: str, value: int) -> None:
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
+def _alone(patience: float) -> Iterator[None]:
     """Two that put back what they found would leave what the other had set."""
-    end = time.monotonic() + _PATIENCE
+    end = time.monotonic() + patience
     try:
         file = open(f"{FOLDER}/run")  # noqa: SIM115 (closed below)
     except OSError:

@@ -49,12 +49,18 @@ def is_shared(memory: GuestMemory, block: int) -> bool:
     return bool(int(memory.engine.block_words[block]) & lib.PV_BLOCK_MERGEABLE)
 
 
+def allow(engine: Engine, block: int, on: bool = True) -> None:
+    """Lets the kernel merge pages of a block that is not large, or no more. Raises KernelError for a large one."""
+    advice = "MADV_MERGEABLE" if on else "MADV_UNMERGEABLE"
+    check(engine.call(lib.pv_engine_share, block, on, equip=False), advice, block=block)
+
+
 def mark(engine: Engine, block: int) -> int:
     """Breaks a block, drops its pages of zeros, and lets the kernel merge the others. Returns how many were dropped.
     Raises HostError where it is in use."""
     engine.break_(block)
     zeros = engine.remove(block * BLOCK_PAGES, BLOCK_PAGES, what="zero")
-    check(engine.call(lib.pv_engine_share, block, True, equip=False), "MADV_MERGEABLE", block=block)
+    allow(engine, block)
     return zeros
 
 
@@ -96,7 +102,7 @@ def unshare(memory: GuestMemory, block: int, large: bool = True) -> None:
     if large:
         memory.engine.merge(block)
     else:
-        check(memory.engine.call(lib.pv_engine_share, block, False, equip=False), "MADV_UNMERGEABLE", block=block)
+        allow(memory.engine, block, False)
 
 
 class Sharer:
