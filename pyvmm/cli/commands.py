@@ -203,7 +203,9 @@ COMMANDS = (
         ),
         Option("--ksm", "with --do share: have the kernel's merging (KSM) run meanwhile; put back at the end", bool),
         Option("--sharing", "what sharing equal pages would free; also of a guest started with --control PATH", bool),
-        Option("--with", "with --sharing: and across that guest too, by its --control PATH", metavar="PATH", repeated=True),
+        Option(
+            "--with", "with --sharing: and across that guest too, by its --control PATH", metavar="PATH", repeated=True
+        ),
         Option("--png", "the map as a picture too", metavar="FILE"),
         Option("--json", "one JSON object instead of tables and maps", bool),
     ),

@@ -1,4 +1,4 @@
-# sharing.py: `pyvmm pages PATH --sharing`: what sharing would free of guests that run, before anything is broken for it.
+# sharing.py: `pyvmm pages PATH --sharing`: what sharing would free of guests that run, before anything is broken.
 """`run()` for control sockets, and how an estimate is shown."""
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ def show(console: Output, found: Estimate, others: int) -> None:
     console.print(table)
     if unknown := found.pages - found.scanned:
         console.print(Text(f"{unknown:,} pages are away, and were not looked at", "yellow"))
-    if rows := best(found, _SHOWN):
+    if blocks := best(found, _SHOWN):
         console.print(Text("blocks with the most pages that are elsewhere too", "bold"))
         table = new_table(console, "block", "pages", "share")
-        for block, count in rows:
+        for block, count in blocks:
             table.add_row(str(block), f"{count:,}", f"{count / 512:.0%}")
         console.print(table)

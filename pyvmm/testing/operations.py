@@ -232,12 +232,6 @@ class Subject:
         """Removes pages, and has those stored that the guest has not fetched back meanwhile."""
         self.store.put_away(operation.page, operation.count)
 
-    def share(self, operation: Operation) -> None:
-        """Lets the kernel merge pages of a block (zeros, mostly), or no more; whether it does, depends on the host."""
-        if operation.value % 4:
-            self.engine.break_(operation.block)
-        allow(self.engine, operation.block, operation.value % 4 > 0)
-
     def view(self, operation: Operation) -> None:
         """Holds a view for some operations; its pages must stay."""
         view = self.memory.view(self.gpa(operation), operation.count * PAGE_SIZE)
@@ -387,7 +381,8 @@ KINDS = {
     "split": Kind(4, "block", lambda s, o: s.engine.split(o.block) if o.count == BLOCK_PAGES else None),
     "merge": Kind(6, "block", _refusable(lambda s, o: s.engine.merge(o.block))),
     "break": Kind(3, "block", _refusable(lambda s, o: s.engine.break_(o.block))),
-    "share": Kind(3, "block", _refusable(Subject.share)),
+    "share": Kind(3, "block", _refusable(lambda s, o: (s.engine.break_(o.block), allow(s.engine, o.block)))),
+    "unshare": Kind(1, "block", _refusable(lambda s, o: allow(s.engine, o.block, False))),
     "store block": Kind(5, "block", Subject.put_away),
     "store run": Kind(5, "run", Subject.put_away),
     "read": Kind(4, "run", Subject.read),

@@ -138,12 +138,12 @@ def test_to_scan_is_no_write_to_a_trace(vm):
 @both_ways
 @pytest.mark.parametrize("pages", [pytest.param("2m", marks=needs("thp")), "4k"])
 def test_what_was_estimated_is_freed_and_the_guest_does_not_notice(vm, way, pages):  # noqa: F811
-    machine = dup(vm, "write=0", pages=pages)
+    machine = dup(vm, "write=0", "24M", pages=pages)
     truth = model(machine).sharing()
     estimate = Estimate(scan(machine.memory)[BLOCK:])
     assert estimate.freed == pytest.approx(truth.freed, abs=1)
     found = share_blocks(machine.memory, whole(machine), start_ksm=True)
-    assert (found.blocks, found.broken, found.refused) == (15, 15 if pages == "2m" else 0, 0)
+    assert (found.blocks, found.broken, found.refused) == (11, 11 if pages == "2m" else 0, 0)
     assert found.bytes_freed / PAGE_SIZE == pytest.approx(truth.freed, rel=0.02)
     assert found.zeros == pytest.approx(truth.zeros, abs=1)
     assert found.merging > truth.duplicates
@@ -151,18 +151,18 @@ def test_what_was_estimated_is_freed_and_the_guest_does_not_notice(vm, way, page
     judge(machine)
     # Merged pages go away, are read, come back, and become large pages again.
     engine = machine.memory.engine
-    assert engine.remove(2 * BLOCK, 8 * BLOCK) == 8 * BLOCK
-    assert engine.remove(12 * BLOCK + 7, 100) == 100
+    assert engine.remove(2 * BLOCK, 7 * BLOCK) == 7 * BLOCK
+    assert engine.remove(10 * BLOCK + 7, 100) == 100
     judge(machine)
     machine.resume()
     passes(machine)
-    assert is_shared(machine.memory, 12)
+    assert is_shared(machine.memory, 10)
     for block in whole(machine):
         unshare(machine.memory, block)
     assert not any(is_shared(machine.memory, block) for block in whole(machine))
     assert ksm.footprint(machine.memory) > found.after + truth.freed * PAGE_SIZE * 0.9
     if pages == "2m":
-        assert machine.memory.large_blocks() == 15
+        assert machine.memory.engine.looks()[1:] == ["large"] * 11
     passes(machine)
     judge(machine)
 
@@ -215,7 +215,7 @@ def test_two_vms_in_two_processes(vm, tmp_path):
     )
     try:
         assert child.stdout.readline() == "ready\n"
-        mine, theirs = scan(machine.memory), fetch(path)
+        mine, theirs = scan(machine.memory)[BLOCK:], fetch(path)[BLOCK:]  # without the guests themselves
         both = Estimate(mine, [theirs])
         planted = model(machine).bases()
         assert both.across == between(planted, bases_of_the_other(machine)) > 300
@@ -253,13 +253,12 @@ def test_a_trace_sees_writes_to_pages_that_were_merged_meanwhile(vm, unit):
     with machine.trace("coarse", unit=unit) as trace, ksm.ksm_running(start=True):
         for block in (1, 2):
             mark(engine, block)
-        assert ksm.settled()
+        until(lambda: ksm.footprint(memory) < MIB, "merging")
+        engine.remove(BLOCK, 2 * BLOCK)
+        engine.install(BLOCK, 2 * BLOCK)  # each page has memory of its own again
         trace.collect()
-        for block in (1, 2):  # anew
-            engine.remove(block * BLOCK, BLOCK)
-            engine.install(block * BLOCK, BLOCK)
-        trace.collect()
-        assert ksm.settled()
+        assert ksm.footprint(memory) > 2 * MIB
+        until(lambda: ksm.footprint(memory) < MIB, "merging once more")
         written = set(range(BLOCK, 3 * BLOCK, 5))
         for page in written:
             lib.pv_poke(memory.base + page * PAGE_SIZE, 0xFF)  # as a vCPU does: no hook of ours hears of it
@@ -295,7 +294,7 @@ def test_a_block_that_is_large_is_not_the_kernels_to_break(vm):
 @needs("ksm")
 def test_under_pressure_the_best_go_first_and_hot_ones_are_spared(vm):
     machine = dup(vm, "zeros=300", pages="2m")
-    hot, free = {4, 5}, [1.0]
+    hot, free = {0, 4, 5}, [1.0]
     sharer = Sharer(machine.memory, lambda block: block in hot, lambda: free[0])
     scanner = Scanner(machine.memory, policy=(policy := SharingFirst(View(machine.memory.size // PAGE_SIZE, 100))))
     estimate = scanner.round()
@@ -303,7 +302,7 @@ def test_under_pressure_the_best_go_first_and_hot_ones_are_spared(vm):
     assert sharer.step(estimate) == 0  # memory is plenty
     counts = estimate.counts()
     best = sorted(set(whole(machine)) - hot, key=lambda block: -counts[block])
-    free[0] = (counts[best[2]] - 0.5) / 512 / 8
+    free[0] = (counts[best[2]] + 0.5) / 512 / 8
     assert sharer.step(estimate) == sum(counts[block] >= counts[best[2]] for block in best)
     free[0] = 0.0
     assert sharer.step(estimate) > 0
@@ -329,12 +328,17 @@ def test_a_block_in_use_stays_whole(vm):
 @needs("ksm")
 def test_settings_are_put_back_whatever_happens():
     before = {name: ksm.read(name) for name in SETTINGS}
-    with pytest.raises(ZeroDivisionError), ksm.ksm_running(start=True):
-        assert ksm.read("run") == 1
-        assert ksm.why_not() == ""
-        with pytest.raises(HostError, match="another process"), ksm.ksm_running(start=True, patience=0):
-            pass
-        raise ZeroDivisionError
+
+    def fail():
+        with ksm.ksm_running(start=True):
+            assert ksm.read("run") == 1
+            assert ksm.why_not() == ""
+            with pytest.raises(HostError, match="another process"), ksm.ksm_running(start=True, patience=0):
+                pass
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert {name: ksm.read(name) for name in SETTINGS} == before
 
 
@@ -346,7 +350,7 @@ def test_the_command_for_a_guest_that_runs(vm, tmp_path, capsys):
         truth = model(machine).sharing()
         assert main(["pages", path, "--sharing", "--with", path, "--json"]) == 0
         told = json.loads(capsys.readouterr().out)["sharing"]
-        assert told["zeros"] == pytest.approx(truth.zeros, abs=1)
+        assert 0 <= told["zeros"] - truth.zeros <= 10  # in the guest itself
         assert told["copies"] == truth.duplicates - truth.contents
         assert told["across"] > 5000  # with itself: each content
         assert len(told["blocks"]) == 16
@@ -365,7 +369,7 @@ def test_the_command_for_a_guest_that_it_runs(capsys):
     before, after = told["shared_bytes"]
     assert (before - after) / PAGE_SIZE == pytest.approx(told["sharing"]["freed"], rel=0.03)
     if ksm.why_not():
-        assert main(command) == 1
+        assert main(command) == 2
         assert "sudo tee /sys/kernel/mm/ksm/run" in capsys.readouterr().err
 
 

@@ -1,5 +1,5 @@
 # ksm.py: the kernel's own merging of equal pages (Documentation/admin-guide/mm/ksm.rst): a setting of the whole host.
-"""`ksm_running()`: within its `with` the kernel merges. `settled()`: it has merged what it can. `Figures`, `footprint()`."""
+"""`ksm_running()`: within its `with` the kernel merges. `settled()`: it has. `Figures`, `footprint()`: what it says."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 FOLDER = "/sys/kernel/mm/ksm"
 QUICK = {"pages_to_scan": 20_000, "sleep_millisecs": 10}
 """How the kernel scans where we start it: what was chosen is merged within seconds."""
-ROUNDS = 3
-"""Of the kernel's scans until a page that does not change is merged: its checksum, a place in a tree, a match."""
+ROUNDS, QUIET = 6, 4
+"""Of the kernel's scans until a page that does not change is merged: for its checksum, a place in a tree, a match, each
+of which may have to wait for one scan more, where somebody works with the page."""
 _PATIENCE = 30.0
 _TICK = 0.02
 
@@ -107,7 +108,9 @@ def _write(name: str, value: int) -> None:
         with open(f"{FOLDER}/{name}", "w") as file:
             file.write(str(value))
     except OSError as error:
-        raise HostError(f"{FOLDER}/{name} cannot be set ({os.strerror(error.errno or 0)}): be root, or set it") from None
+        raise HostError(
+            f"{FOLDER}/{name} cannot be set ({os.strerror(error.errno or 0)}): be root, or set it"
+        ) from None
 
 
 @contextmanager
@@ -131,13 +134,14 @@ def _alone(patience: float) -> Iterator[None]:
 
 
 def settled(seconds: float = _PATIENCE) -> bool:
-    """Waits until the kernel has been through ROUNDS times and finds no more; False if that takes longer."""
-    end, goal, last = time.monotonic() + seconds, Figures().scans + ROUNDS, (-1, -1)
+    """Waits until the kernel has been through ROUNDS times and found nothing in QUIET more. False if it takes longer."""
+    end, before = time.monotonic() + seconds, Figures()
+    goal = before.scans + ROUNDS
     while time.monotonic() < end:
         now = Figures()
-        if now.scans >= goal:
-            if (now.sharing, now.merging) == last:
-                return True
-            last, goal = (now.sharing, now.merging), now.scans + 1
+        if (now.sharing, now.merging) != (before.sharing, before.merging):
+            before, goal = now, max(goal, now.scans + QUIET)
+        elif now.scans >= goal:
+            return True
         time.sleep(_TICK)
     return False

@@ -26,8 +26,8 @@ AT_ONCE = 32
 
 
 class Shared(Record):
-    """What came of sharing blocks. blocks: those that are shared; broken: large pages given up for that; refused: blocks
-    in use; zeros: pages dropped, some of which may be back. before, after: bytes of the host's that RAM took, by the
+    """What came of sharing blocks. blocks: that are shared; broken: large pages given up for that; refused: blocks in
+    use; zeros: pages dropped, some of which may be back. before, after: bytes of the host's that RAM took, by the
     kernel's figures (ksm.footprint); merging: pages that the kernel has merged, or that stand for others."""
 
     __slots__ = ("after", "before", "blocks", "broken", "merging", "refused", "zeros")
@@ -84,8 +84,8 @@ def _mark_all(engine: Engine, blocks: Iterable[int], found: Shared) -> list[int]
 def share_blocks(memory: GuestMemory, blocks: Iterable[int], start_ksm: bool = False, seconds: float = 30.0) -> Shared:
     """Shares these blocks, and waits until the kernel has merged what it can, for `seconds` at most.
 
-    start_ksm: has the kernel begin with it, if it does not merge now, and puts its settings back. Raises HostError where
-    it does not. Blocks in use stay as they are.
+    start_ksm: has the kernel begin with it, if it does not merge now, and puts its settings back. Raises HostError
+    where it does not. Blocks in use stay as they are.
     """
     found = Shared()
     with ksm_running(start_ksm):
@@ -97,8 +97,8 @@ def share_blocks(memory: GuestMemory, blocks: Iterable[int], start_ksm: bool = F
 
 
 def unshare(memory: GuestMemory, block: int, large: bool = True) -> None:
-    """Gives all pages of a block memory of their own again; large: makes it one large page, with its zeros in it. Raises
-    HostError where it is in use."""
+    """Gives all pages of a block memory of their own again; large: makes it one large page, with its zeros in it.
+    Raises HostError where it is in use."""
     if large:
         memory.engine.merge(block)
     else:
@@ -108,8 +108,9 @@ def unshare(memory: GuestMemory, block: int, large: bool = True) -> None:
 class Sharer:
     """Shares blocks in the order of how much that frees, the fewer duplicates sufficing the less memory is free.
 
-    hot: is a block in use by the guest, by what sampling says (technique T8)? Such a block stays whole, and becomes whole
-    again. free: the free share of memory now. shared: the blocks that are; done: what was done, without what the kernel has freed.
+    hot: is a block in use by the guest, by what sampling says (technique T8)? Such a block stays whole, and becomes
+    whole again. free: the free share of memory now. shared: the blocks that are; done: what was done, without what the
+    kernel has freed.
     """
 
     def __init__(
