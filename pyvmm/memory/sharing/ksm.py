@@ -134,7 +134,7 @@ def _alone(patience: float) -> Iterator[None]:
 
 
 def settled(seconds: float = _PATIENCE) -> bool:
-    """Waits until the kernel has been through ROUNDS times and found nothing in QUIET more. False if it takes longer."""
+    """Waits until the kernel has been through ROUNDS times and found no more in QUIET. False if it takes longer."""
     end, before = time.monotonic() + seconds, Figures()
     goal = before.scans + ROUNDS
     while time.monotonic() < end:

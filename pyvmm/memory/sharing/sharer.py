@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from pyvmm._native import lib
-from pyvmm.errors import HostError, check
+from pyvmm.errors import HostError
 from pyvmm.layout import PAGE_SIZE
 from pyvmm.memory.reclaim.policies import duplicates_needed
 from pyvmm.memory.sharing.estimate import BLOCK_PAGES
@@ -49,32 +49,39 @@ def is_shared(memory: GuestMemory, block: int) -> bool:
     return bool(int(memory.engine.block_words[block]) & lib.PV_BLOCK_MERGEABLE)
 
 
-def allow(engine: Engine, block: int, on: bool = True) -> None:
-    """Lets the kernel merge pages of a block that is not large, or no more. Raises KernelError for a large one."""
-    advice = "MADV_MERGEABLE" if on else "MADV_UNMERGEABLE"
-    check(engine.call(lib.pv_engine_share, block, on, equip=False), advice, block=block)
-
-
 def mark(engine: Engine, block: int) -> int:
     """Breaks a block, drops its pages of zeros, and lets the kernel merge the others. Returns how many were dropped.
     Raises HostError where it is in use."""
     engine.break_(block)
     zeros = engine.remove(block * BLOCK_PAGES, BLOCK_PAGES, what="zero")
-    allow(engine, block)
+    engine.share(block)
     return zeros
+
+
+def _make_whole(engine: Engine, block: int) -> int:
+    engine.merge(block)
+    return 0
+
+
+def _unless_in_use(do: Callable[[Engine, int], int], engine: Engine, block: int) -> int | None:
+    """What that returns, or None where the block is in use."""
+    try:
+        return do(engine, block)
+    except HostError as error:
+        if "in use" not in str(error):
+            raise
+        return None
 
 
 def _mark_all(engine: Engine, blocks: Iterable[int], found: Shared) -> list[int]:
     """Those that were not in use; counts them."""
     looks, marked = engine.looks(), []
     for block in blocks:
-        try:
-            found.zeros += mark(engine, block)
-        except HostError as error:
-            if "in use" not in str(error):
-                raise
+        zeros = _unless_in_use(mark, engine, block)
+        if zeros is None:
             found.refused += 1
             continue
+        found.zeros += zeros
         marked.append(block)
         found.blocks += 1
         found.broken += looks[block] == "large"
@@ -100,9 +107,9 @@ def unshare(memory: GuestMemory, block: int, large: bool = True) -> None:
     """Gives all pages of a block memory of their own again; large: makes it one large page, with its zeros in it.
     Raises HostError where it is in use."""
     if large:
-        memory.engine.merge(block)
+        _make_whole(memory.engine, block)
     else:
-        allow(memory.engine, block, False)
+        memory.engine.share(block, False)
 
 
 class Sharer:
@@ -127,8 +134,8 @@ class Sharer:
         """Makes whole what has become hot, and shares up to AT_ONCE blocks more. Returns how many are shared now that
         were not."""
         for block in [block for block in sorted(self.shared) if self._hot(block)]:
-            unshare(self._memory, block)
-            self.shared.discard(block)
+            if _unless_in_use(_make_whole, self._memory.engine, block) is not None:
+                self.shared.discard(block)
         fresh = _mark_all(self._memory.engine, self.choose(estimate)[:AT_ONCE], self.done)
         self.shared.update(fresh)
         return len(fresh)
