@@ -13,7 +13,11 @@
 
 static int advise(struct pv_engine *engine, uint64_t page, uint64_t count, int advice)
 {
-    return madvise(ram_at(engine, page), count * PV_PAGE, advice) ? -errno : 0;
+    int error;
+    do /* a signal may end the kernel's work on many pages */
+        error = madvise(ram_at(engine, page), count * PV_PAGE, advice) ? -errno : 0;
+    while (error == -EINTR);
+    return error;
 }
 
 bool block_mergeable(const struct pv_engine *engine, uint64_t block)
