@@ -36,9 +36,9 @@
 #define PV_BLOCK_PENDING (1u << 5)        /* the words of its pages are not filled in: the source of all RAM knows */
 #define PV_BLOCK_UNITS (1u << 6)          /* some of its pages are, or were, in a home that gathers */
 #define PV_BLOCK_TOUCHED (1u << 7)        /* and one such page has been touched */
-#define PV_BLOCK_MERGEABLE (1u << 8)      /* the kernel may merge its pages with equal ones (KSM) */
 #define PV_BLOCK_PIECES (1u << 10)        /* it came whole and soon went again: touches bring parts of it, until it is dense */
 #define PV_BLOCK_SAMPLED (1u << 8)        /* aside as one large page; those PRESENT are copies of it: sample.c */
+#define PV_BLOCK_MERGEABLE (1u << 9)      /* the kernel may merge its pages with equal ones (KSM) */
 #define PV_BLOCK_AWAY_SHIFT 16            /* pages away, 0 to 512: 10 bits */
 #define PV_BLOCK_PINS_SHIFT 32            /* holders of a view, or copies under way: nothing is removed meanwhile */
 

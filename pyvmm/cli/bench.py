@@ -49,8 +49,8 @@ QUICK = (
     "reclaim",
     "activity",
     "swap",
+    "sharing",
 )
-QUICK = ("traces", "faults", "idle", "restore", "blocks", "save", "streams", "migrate", "populate", "swap", "sharing")
 
 
 def run(args: Arguments) -> int:

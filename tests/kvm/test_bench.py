@@ -97,6 +97,7 @@ RESULTS = {
     "activity": [
         ("the guest's work, of that while nobody watches", "sampled"),
         ("large pages kept", "broken to small pages"),
+    ],
     "sharing": [
         ("MiB freed a large page broken", "by count"),
         ("estimated / actual", "all blocks of two VMs"),
