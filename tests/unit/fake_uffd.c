@@ -223,6 +223,8 @@ static int do_register(const struct uffdio_range *range, uint64_t modes)
     return result(error);
 }
 
+static uint64_t word_of(uint64_t value, uint32_t i);
+
 /* What KSM does to a page: it is not write-protected any more, though it was; it cannot be moved. */
 static bool merge_one(struct area *area, uint64_t page)
 {
