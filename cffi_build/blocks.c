@@ -136,6 +136,10 @@ static int merge_locked(struct pv_engine *engine, uint64_t block)
 {
     uint8_t *start = ram_at(engine, block * PV_BLOCK_PAGES);
     struct populated seen;
+    bool shared = block_mergeable(engine, block);
+    int unshared = share_end(engine, block);
+    if (unshared)
+        return unshared;
     if (madvise(start, PV_BLOCK, MADV_HUGEPAGE))
         return -errno;
     int error = look_at(engine, start, PV_BLOCK_PAGES, &seen);
@@ -147,6 +151,8 @@ static int merge_locked(struct pv_engine *engine, uint64_t block)
         block_flags(engine, block, flags, 0);
         if (flags & PV_BLOCK_SMALL)
             (void)madvise(start, PV_BLOCK, MADV_NOHUGEPAGE);
+        if (shared)
+            (void)!share_begin(engine, block);
     }
     return error;
 }

@@ -19,6 +19,7 @@ SOURCES = (
     "engine.c", "pagemap.c", "uffd.c", "fault.c", "install.c", "remove.c", "assign.c", "blocks.c", "unit.c", "coarse.c",
     "limit.c",
     "sample.c",
+    "scan.c", "sharing.c",
     "live.c", "live_block.c", "live_drain.c", "filehome.c",
     "checksum.c", "codec.c", "pack.c", "unpack.c", "load.c",
     "stream.c", "peerhome.c", "inbox.c", "serve.c",

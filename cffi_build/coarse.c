@@ -214,14 +214,53 @@ static void note_round(struct trace *trace, uint64_t block, bool written)
     }
 }
 
+/* Of a block that the kernel merges pages of: one that is merged loses its protection, and who writes to it then is not
+ * seen. So what has none was written, maybe. Protected again is that and no more: a page that loses it just now must be
+ * found next time. */
+static int protect_mergeable(struct pv_engine *engine, uint64_t first, uint32_t count)
+{
+    struct populated bare;
+    int error = look_unprotected(engine, first, count, &bare);
+    for (uint32_t i = 0, run; !error && i < count; i += run) {
+        for (run = 1; i + run < count && is_populated(&bare, i + run) == is_populated(&bare, i); run++)
+            ;
+        if (!is_populated(&bare, i))
+            continue;
+        mark(engine, first + i, run);
+        engine->trace.stats.protected += (uint64_t)run * PV_PAGE;
+        error = uffd_protect(engine, ram_at(engine, first + i), (uint64_t)run * PV_PAGE, true);
+    }
+    return error;
+}
+
+/* Under the mutex: runs of blocks whose pages are merged, and of those whose are not. */
+static int protect_again(struct pv_engine *engine, uint64_t first, uint64_t count)
+{
+    int error = 0;
+    for (uint64_t end = first + count, stop; !error && first < end; first = stop) {
+        uint64_t block = first / PV_BLOCK_PAGES;
+        bool shared = block_mergeable(engine, block);
+        for (stop = (block + 1) * PV_BLOCK_PAGES; !shared && stop < end; stop += PV_BLOCK_PAGES)
+            if (block_mergeable(engine, stop / PV_BLOCK_PAGES))
+                break;
+        stop = stop < end ? stop : end;
+        if (shared) {
+            error = protect_mergeable(engine, first, (uint32_t)(stop - first));
+            continue;
+        }
+        error = uffd_protect(engine, ram_at(engine, first), (stop - first) * PV_PAGE, true);
+        engine->trace.stats.protected += error ? 0 : (stop - first) * PV_PAGE;
+    }
+    return error;
+}
+
 /* Takes the marks of [first, first+count) into bits and protects it again. */
 static int take(struct pv_engine *engine, uint64_t first, uint64_t count, uint64_t *bits)
 {
     struct trace *trace = &engine->trace;
     lock_politely(trace);
-    int error = uffd_protect(engine, ram_at(engine, first), count * PV_PAGE, true);
+    int error = protect_again(engine, first, count);
     if (!error) {
-        trace->stats.protected += count * PV_PAGE;
         for (uint64_t page = first; page < first + count;) {
             uint64_t bit = page % 64, part = 64 - bit < first + count - page ? 64 - bit : first + count - page;
             uint64_t mask = (part == 64 ? ~0ull : ((1ull << part) - 1)) << bit;
@@ -257,6 +296,14 @@ static void merge_dense(struct pv_engine *engine)
     }
 }
 
+static bool any_mergeable(const struct pv_engine *engine, uint64_t first, uint64_t count)
+{
+    for (uint64_t block = first / PV_BLOCK_PAGES; block * PV_BLOCK_PAGES < first + count; block++)
+        if (block_mergeable(engine, block))
+            return true;
+    return false;
+}
+
 int pv_trace_collect(struct pv_engine *engine, uint64_t *bits)
 {
     struct trace *trace = &engine->trace;
@@ -272,7 +319,8 @@ int pv_trace_collect(struct pv_engine *engine, uint64_t *bits)
     for (uint64_t first = 0; first < engine->pages; first += step) {
         uint64_t count = engine->pages - first < step ? engine->pages - first : step;
         bool written = range_marked(engine, first, count);
-        if (written) {
+        bool merges = any_mergeable(engine, first, count);
+        if (written || merges) {
             /* Runs of marked units: what is not marked is still protected. A refined block is protected whole. */
             for (uint64_t at = first; at < first + count;) {
                 uint64_t length, start = unit_of(engine, at, &length);
@@ -280,7 +328,7 @@ int pv_trace_collect(struct pv_engine *engine, uint64_t *bits)
                     start = first;
                     length = count;
                 }
-                if (marked(engine, start, length) || length == count) {
+                if (marked(engine, start, length) || length == count || any_mergeable(engine, start, length)) {
                     int error = take(engine, start, length, bits);
                     if (error)
                         return error;

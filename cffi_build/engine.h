@@ -38,6 +38,7 @@
 #define PV_BLOCK_TOUCHED (1u << 7)        /* and one such page has been touched */
 #define PV_BLOCK_PIECES (1u << 10)        /* wholly gone, for want of memory: touches bring parts of it, until it is dense */
 #define PV_BLOCK_SAMPLED (1u << 8)        /* aside as one large page; those PRESENT are copies of it: sample.c */
+#define PV_BLOCK_MERGEABLE (1u << 9)      /* the kernel may merge its pages with equal ones (KSM) */
 #define PV_BLOCK_AWAY_SHIFT 16            /* pages away, 0 to 512: 10 bits */
 #define PV_BLOCK_PINS_SHIFT 32            /* holders of a view, or copies under way: nothing is removed meanwhile */
 
@@ -265,6 +266,19 @@ int pv_engine_held(struct pv_engine *engine, uint64_t page, uint64_t count, uint
 
 /* Sets the bits of the pages that are in a home, and counts them; of those that come back meanwhile, maybe. */
 uint64_t pv_engine_at_home(struct pv_engine *engine, uint32_t home, uint64_t *bits);
+
+/* ---- scan.c, sharing.c: pages with equal contents (technique T5, US9977747B2) ---- */
+
+#define PV_SCAN_UNKNOWN 0 /* in a home that would have to be asked */
+#define PV_SCAN_ZERO 1    /* a page of zeros that takes memory */
+#define PV_SCAN_NOTHING 2 /* zeros that take none */
+#define PV_SCAN_CONTENT 3 /* from here on: a hash of what the page holds (XXH64) */
+
+/* One of these for each page in the range. Fetches nothing, makes nothing resident, breaks and marks nothing. */
+int pv_scan(struct pv_engine *engine, uint64_t page, uint64_t count, uint64_t *hashes) PV_CHECKED;
+/* Lets the kernel merge pages of a block that is mapped by small pages (-EINVAL for one that is not), or undoes that: each
+ * page takes memory of its own again. pv_engine_merge undoes it too. While a live save runs, nothing is merged. */
+int pv_engine_share(struct pv_engine *engine, uint64_t block, int on) PV_CHECKED;
 
 /* ---- coarse write traces (technique T7, US11995459B2) ---- */
 

@@ -173,6 +173,8 @@ struct populated {
 int look_at(struct pv_engine *engine, const uint8_t *address, uint32_t pages, struct populated *out);
 /* The same of those that hold something, in the guest or in a home that is not zeros: of one block, under its lock. */
 int look_held(struct pv_engine *engine, uint64_t page, uint32_t count, struct populated *out);
+/* The pages of a range of RAM that are populated and not write-protected by userfaultfd; of others too, maybe. */
+int look_unprotected(struct pv_engine *engine, uint64_t page, uint32_t count, struct populated *out);
 static inline bool is_populated(const struct populated *seen, uint32_t index)
 {
     return seen->bits[index / 64] >> index % 64 & 1;
@@ -263,6 +265,17 @@ void trace_enter(struct pv_engine *engine);
 void trace_leave(struct pv_engine *engine, uint64_t page, uint32_t count);
 /* A write to a protected page: marks it and lifts the protection. 0 or -errno. */
 int trace_fault(struct pv_engine *engine, uint64_t page);
+
+/* ---- sharing.c: blocks that the kernel may merge pages of; under the block's lock, but for the _all ---- */
+
+bool block_mergeable(const struct pv_engine *engine, uint64_t block);
+/* Gives merged pages of one block their own memory, and none is merged until share_go_on; nothing for other blocks. */
+int share_suspend(struct pv_engine *engine, uint64_t page, uint32_t count) PV_CHECKED;
+void share_go_on(struct pv_engine *engine, uint64_t page, uint32_t count);
+int share_suspend_all(struct pv_engine *engine) PV_CHECKED;
+void share_go_on_all(struct pv_engine *engine);
+int share_begin(struct pv_engine *engine, uint64_t block) PV_CHECKED;
+int share_end(struct pv_engine *engine, uint64_t block) PV_CHECKED;
 
 /* ---- live.c ---- */
 

@@ -163,6 +163,7 @@ int pv_live_begin(struct pv_engine *engine, struct pv_pack *pack, uint32_t buffe
         live->told.error = ECANCELED;
     pthread_mutex_unlock(&live->mutex);
     error = live_start_drain(engine);
+    error = error ? error : share_suspend_all(engine); /* a page that is merged loses its protection */
     error = error ? error : arm(engine, !python_homes);
     if (error) {
         live_stop(live, error, PV_LIVE_PROTECT, 0, PV_HOME_PRESENT);
@@ -299,4 +300,5 @@ void pv_live_end(struct pv_engine *engine, uint8_t *large, struct pv_live_progre
     pthread_mutex_lock(&live->mutex);
     live->claimed = false;
     pthread_mutex_unlock(&live->mutex);
+    share_go_on_all(engine);
 }

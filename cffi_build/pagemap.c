@@ -198,6 +198,25 @@ int look_at(struct pv_engine *engine, const uint8_t *address, uint32_t pages, st
     return walk(engine, address, pages, note_bits, out);
 }
 
+int look_unprotected(struct pv_engine *engine, uint64_t page, uint32_t count, struct populated *out)
+{
+    memset(out, 0, sizeof(*out));
+    uint64_t start = (uintptr_t)ram_at(engine, page), end = start + (uint64_t)count * PV_PAGE;
+    struct page_region found[REGIONS];
+    struct pm_scan_arg scan = {.size = sizeof(scan), .end = end, .vec = (uintptr_t)found, .vec_len = REGIONS,
+                               .category_mask = PAGE_IS_WRITTEN, .category_anyof_mask = POPULATED,
+                               .return_mask = PAGE_IS_WRITTEN};
+    for (uint64_t at = start; engine->scans && at < end; at = scan.walk_end) {
+        scan.start = at;
+        int regions = ioctl(engine->pagemap, PAGEMAP_SCAN, &scan);
+        if (regions < 0)
+            return look_at(engine, ram_at(engine, page), count, out);
+        for (int i = 0; i < regions; i++)
+            note_bits(out, (found[i].start - start) / PV_PAGE, (found[i].end - found[i].start) / PV_PAGE, false);
+    }
+    return engine->scans ? 0 : look_at(engine, ram_at(engine, page), count, out);
+}
+
 int look_held(struct pv_engine *engine, uint64_t page, uint32_t count, struct populated *out)
 {
     uint64_t block = page / PV_BLOCK_PAGES;

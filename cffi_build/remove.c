@@ -71,7 +71,10 @@ int take_out(struct pv_engine *engine, uint64_t page, uint32_t count)
     bool whole = count == PV_BLOCK_PAGES && block_away(engine, block) == 0;
     if (whole) /* a page table left there would split a large page */
         (void)madvise(aside_at(engine, page), PV_BLOCK, MADV_DONTNEED);
-    int error = engine->move ? move_out(engine, page, count) : copy_out(engine, page, count);
+    int error = share_suspend(engine, page, count);
+    if (!error)
+        error = engine->move ? move_out(engine, page, count) : copy_out(engine, page, count);
+    share_go_on(engine, page, count);
     struct populated left, aside;
     int blind = look_at(engine, ram_at(engine, page), count, &left);
     blind = blind ? blind : look_at(engine, aside_at(engine, page), count, &aside);

@@ -61,6 +61,7 @@ struct kvm_pre_fault_memory {
 
 #ifndef PAGEMAP_SCAN
 #include <linux/ioctl.h>
+#define PAGE_IS_WRITTEN (1 << 1)
 #define PAGE_IS_PRESENT (1 << 3)
 #define PAGE_IS_SWAPPED (1 << 4)
 #define PAGE_IS_HUGE (1 << 6)

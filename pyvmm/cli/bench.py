@@ -33,6 +33,7 @@ BENCHMARKS = {
     "reclaim": "a guest in a half of its memory: its speed and refaults, by who chooses what leaves",
     "activity": "active blocks found by sampling: precision, recall, what it costs the guest",
     "swap": "pages to the swap file and back, beside pwrite() and preadv() of the same bytes",
+    "sharing": "equal pages: estimated and freed, and how many large pages that costs",
 }
 # Those that have measure(quick=True): little memory and few rounds.
 QUICK = (
@@ -48,6 +49,7 @@ QUICK = (
     "reclaim",
     "activity",
     "swap",
+    "sharing",
 )
 
 

@@ -40,6 +40,8 @@ class Option:
         self.repeated = repeated
         self.positional = not name.startswith("-")
         self.field = name.lstrip("-").replace("-", "_")
+        if self.field == "with":  # a word of Python's
+            self.field = "with_"
 
 
 class Command:
@@ -195,9 +197,14 @@ COMMANDS = (
         Option("--seconds", "look then, do what is asked, and look again as long after (default 1)", float, 1.0, "S"),
         Option(
             "--do",
-            "remove, zero, install, split, merge or break 2 MiB blocks, such as 3, 3-9, 3,5,8-10 or all",
+            "remove, zero, install, split, merge, break or share 2 MiB blocks, such as 3, 3-9, 3,5,8-10 or all",
             metavar="OP:BLOCKS",
             repeated=True,
+        ),
+        Option("--ksm", "with --do share: have the kernel's merging (KSM) run meanwhile; put back at the end", bool),
+        Option("--sharing", "what sharing equal pages would free; also of a guest started with --control PATH", bool),
+        Option(
+            "--with", "with --sharing: and across that guest too, by its --control PATH", metavar="PATH", repeated=True
         ),
         Option("--png", "the map as a picture too", metavar="FILE"),
         Option("--json", "one JSON object instead of tables and maps", bool),

@@ -6,16 +6,22 @@ from __future__ import annotations
 import json
 import os
 import time
+from contextlib import nullcontext
 
 from rich.text import Text
 
+from pyvmm.cli import sharing
 from pyvmm.cli.output import Output
 from pyvmm.cli.picture import BlockMap, Histogram, PagesTable, Stage, nanoseconds, operations_table, stalls_table
 from pyvmm.cli.run import Session, check_seconds
 from pyvmm.cli.steps import REMOVALS, Step, parse_step
-from pyvmm.errors import BadInput
-from pyvmm.layout import BLOCK_SIZE, format_size
+from pyvmm.control.sharing import as_json, fetch
+from pyvmm.errors import BadInput, HostError
+from pyvmm.layout import BLOCK_SIZE, MIB, format_size
 from pyvmm.machine import VM, RunResult
+from pyvmm.memory.sharing.estimate import Estimate
+from pyvmm.memory.sharing.ksm import footprint, ksm_running, settled, why_not
+from pyvmm.memory.sharing.table import scan
 from pyvmm.memory.uffd import open_uffd
 
 TYPE_CHECKING = False
@@ -28,6 +34,8 @@ _SCHEMA = 1
 
 def run(args: Arguments) -> int:
     """The command: the guest's status if it ended by itself, 0 after the last look; else as for `pyvmm run`."""
+    if sharing.is_socket(args.guest):
+        return sharing.run(args)
     return _Pages(args).run()
 
 
@@ -42,11 +50,17 @@ class _Pages(Session):
         self._deadline = 0.0
         self._steps: list[Step] = []
         self._stages: list[Stage] = []
+        if args.with_ and not args.sharing:
+            raise BadInput("--with PATH goes with --sharing")
+        self._estimate: Estimate | None = None
+        self._takes: list[int] = []  # bytes of the host's, before and after blocks were shared
 
     def prepare(self, vm: VM) -> None:
         self._steps = [parse_step(text, vm.memory.size) for text in self.args.do]
         if any(step.operation != "split" for step in self._steps):
             os.close(open_uffd(for_guests=True))  # a host that has none says so now, and not for each block
+        if self._shares and not self.args.ksm and (missing := why_not()):
+            raise HostError(missing)
         _ = vm.memory.engine  # hugetlb memory has none, and says so
 
     def wait(self, vm: VM) -> RunResult | None:
@@ -55,13 +69,28 @@ class _Pages(Session):
         self._look(vm, "at the end" if result is not None else "before" if self._steps else "at first")
         if result is not None:
             return result
-        for step in self._steps:
-            step.perform(vm)
+        if self.args.sharing:
+            self._estimate = Estimate(scan(vm.memory), [fetch(path) for path in self.args.with_])
+        self._perform(vm)
         if self._steps:
             self._look(vm, "after --do")
         result = self._pass_time(vm)
         self._look(vm, "at the end" if result is not None else f"{self.args.seconds:g} s later")
         return result
+
+    @property
+    def _shares(self) -> bool:
+        return any(step.operation == "share" for step in self._steps)
+
+    def _perform(self, vm: VM) -> None:
+        """What is to be shared is, when this returns."""
+        with ksm_running(self.args.ksm) if self._shares else nullcontext():
+            self._takes = [footprint(vm.memory)] if self._shares else []
+            for step in self._steps:
+                step.perform(vm)
+            if self._shares:
+                settled()
+                self._takes.append(footprint(vm.memory))
 
     def _pass_time(self, vm: VM) -> RunResult | None:
         """Lets the guest run on for --seconds; what wait() is to return if that is the end of it."""
@@ -94,6 +123,9 @@ class _Pages(Session):
 
     def _show(self, vm: VM, stats: EngineStats) -> None:
         console = Output()
+        if self._estimate is not None:
+            sharing.show(console, self._estimate, len(self.args.with_))
+            console.print()
 
         def line(text: str = "", style: str = "") -> None:
             console.print(Text(text, style))
@@ -102,6 +134,9 @@ class _Pages(Session):
             line(_outcome(step), "" if step.finished and not step.failed else "yellow")
             if step.reason:
                 line(f"  {step.reason}", "yellow")
+        if self._takes:
+            before, after = (f"{size / MIB:,.1f} MiB" for size in self._takes)
+            line(f"the guest's RAM takes {after} of the host's, {before} before it was shared")
         if self._steps:
             line()
         line("pages of 4 KiB", "bold")
@@ -161,6 +196,8 @@ class _Pages(Session):
                 }
                 for step in self._steps
             ],
+            "sharing": None if self._estimate is None else as_json(self._estimate, len(self._stages[0].looks)),
+            "shared_bytes": self._takes or None,
             "operations": {name: _fields(operation) for name, operation in stats.operations.items()},
             "faults": {
                 "count": stats.faults,

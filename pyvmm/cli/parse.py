@@ -95,6 +95,7 @@ def _add(parser: argparse.ArgumentParser, option: Option) -> None:
     if option.kind is bool:
         parser.add_argument(option.name, action="store_true", help=option.help)
         return
+    named = {} if option.positional else {"dest": option.field}
     parser.add_argument(
         option.name,
         type=option.kind,
@@ -103,6 +104,7 @@ def _add(parser: argparse.ArgumentParser, option: Option) -> None:
         choices=option.choices,
         help=option.help,
         action="append" if option.repeated else "store",
+        **named,  # type: ignore[arg-type]
         **({"nargs": "?"} if option.optional else {}),  # type: ignore[arg-type]
     )
 

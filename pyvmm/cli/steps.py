@@ -33,6 +33,12 @@ def _whole(method: str) -> Callable[[Engine, int, int], int]:
     return operate
 
 
+def _share(engine: Engine, page: int, count: int) -> int:
+    from pyvmm.memory.sharing.sharer import mark
+
+    return mark(engine, page // BLOCK_PAGES)
+
+
 # name -> what does it to a block, given as its first page and number of pages; returns how many pages went away
 OPERATIONS: dict[str, Callable[[Engine, int, int], int]] = {
     "remove": lambda engine, page, count: engine.remove(page, count),
@@ -41,8 +47,9 @@ OPERATIONS: dict[str, Callable[[Engine, int, int], int]] = {
     "split": _whole("split"),
     "merge": _whole("merge"),
     "break": _whole("break_"),
+    "share": _share,
 }
-REMOVALS = ("remove", "zero")
+REMOVALS = ("remove", "zero", "share")
 
 
 class Step:

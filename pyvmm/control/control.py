@@ -48,6 +48,8 @@ class Control:
             "pause": self._pause,
             "resume": self._resume,
             "stop": self._stop,
+            "sharing": self._sharing,
+            "hashes": self._hashes,
         }
         self._server = Server(path, self._serve)
 
@@ -110,6 +112,16 @@ class Control:
         with self.moving.apart():
             self._vm.request_stop(arguments["status"])
         reply.result({})
+
+    def _sharing(self, arguments: dict[str, Any], reply: Reply) -> None:
+        from pyvmm.control.sharing import sharing
+
+        reply.result(sharing(self._vm, arguments["blocks"]))
+
+    def _hashes(self, arguments: dict[str, Any], reply: Reply) -> None:
+        from pyvmm.control.sharing import hashes
+
+        reply.result(hashes(self._vm, arguments["first"], arguments["count"]))
 
     def _cancel(self, arguments: dict[str, Any], reply: Reply) -> None:
         self.moving.cancel(arguments["reason"])

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 
 from pyvmm.errors import EXIT_BAD_INPUT, EXIT_FAILED, BadInput, PyvmmError
+from pyvmm.memory.sharing.table import PIECE
 from pyvmm.record import Record
 
 TYPE_CHECKING = False
@@ -92,6 +93,8 @@ COMMANDS: dict[str, tuple[Argument, ...]] = {
     "pause": (),
     "resume": (),
     "stop": (Argument("status", int, 0, most=255),),
+    "sharing": (Argument("blocks", int, 10, most=1000),),
+    "hashes": (Argument("first", int, 0), Argument("count", int, PIECE, least=1, most=PIECE)),
 }
 """What can be asked for. `pyvmm.control.control` does it."""
 

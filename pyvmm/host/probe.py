@@ -135,7 +135,7 @@ PROBES = (
     ),
     Probe(
         Feature.KSM, "memory", "merging by the kernel", trials_memory.ksm,
-        cost="no comparison with the kernel's page sharing (KSM); pyvmm's own sharing works",
+        cost="equal pages are counted, and not shared ('pyvmm pages --sharing'); pages of zeros are dropped",
         remedy=f"echo 1 | sudo tee {KSM}/run",
     ),
     Probe(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 from pyvmm._native import lib
@@ -78,8 +79,11 @@ def hugetlb() -> Outcome:
 
 
 def ksm() -> Outcome:
-    """Memory can be offered for merging, and the kernel's thread that merges runs."""
+    """Memory can be offered for merging, and the kernel's thread that merges runs, or is ours to start."""
     run = int(settings.read(f"{settings.KSM}/run"))
     with scratch() as address:
         advise(address, "MADV_MERGEABLE")
-    return Outcome(run == 1, "running" if run == 1 else f"there, not running (run={run})")
+    if run == 1:
+        return Outcome(True, "running")
+    ours = os.access(f"{settings.KSM}/run", os.W_OK)
+    return Outcome(ours, f"there, not running (run={run}){', and ours to start' if ours else ''}")

@@ -294,6 +294,10 @@ class Engine:
         """Splits a block and gives up its physical large page: its small pages can be freed one by one."""
         self._on_block(lib.pv_engine_break, block, "break")
 
+    def share(self, block: int, on: bool = True) -> None:
+        """Lets the kernel merge pages of a block with equal ones (KSM), or no more. KernelError for a large one."""
+        self._on_block(lambda native, number: lib.pv_engine_share(native, number, on), block, "madvise", equip=False)
+
     def is_for_large(self, block: int) -> bool:
         """Is a block, that is wholly RAM, to be one large page? Not after split() or break_(), nor of small memory."""
         words = lib.pv_engine_blocks(self._native)

@@ -327,6 +327,11 @@ def check_books(memory: GuestMemory, store: Shelf, armed: bool | None = None) ->
         os.sched_yield()
 
 
+def _share(subject: Subject, operation: Operation) -> None:
+    subject.engine.break_(operation.block)
+    subject.engine.share(operation.block)
+
+
 def _snapshot(subject: Subject, operation: Operation) -> None:
     from pyvmm.testing.checkpoints import snapshot
 
@@ -380,6 +385,8 @@ KINDS = {
     "split": Kind(4, "block", lambda s, o: s.engine.split(o.block) if o.count == BLOCK_PAGES else None),
     "merge": Kind(6, "block", _refusable(lambda s, o: s.engine.merge(o.block))),
     "break": Kind(3, "block", _refusable(lambda s, o: s.engine.break_(o.block))),
+    "share": Kind(3, "block", _refusable(_share)),
+    "unshare": Kind(1, "block", _refusable(lambda s, o: s.engine.share(o.block, False))),
     "store block": Kind(5, "block", Subject.put_away),
     "store run": Kind(5, "run", Subject.put_away),
     "read": Kind(4, "run", Subject.read),

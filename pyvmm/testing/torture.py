@@ -7,12 +7,13 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter, deque
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 
-from pyvmm.errors import BadInput
+from pyvmm.errors import BadInput, HostError
 from pyvmm.host import has
 from pyvmm.layout import BLOCK_SIZE, GIB, MIB, PAGE_SIZE, format_size
+from pyvmm.memory.sharing.ksm import ksm_running
 from pyvmm.testing.checkpoints import Ringed, Tortured
 from pyvmm.testing.operations import (
     BLOCK_PAGES,
@@ -103,6 +104,10 @@ class Torture:
 
     def run(self, seconds: float, show: Callable[[Torture], None] = lambda torture: None, most: int = 0) -> None:
         """Operations for so long, at most `most` if that is given, and the last check. show: called now and then."""
+        with _merging():
+            self._run(seconds, show, most)
+
+    def _run(self, seconds: float, show: Callable[[Torture], None], most: int) -> None:
         end = time.monotonic() + seconds
         for operation in sequence(self.seed, self.subject.pages):
             if time.monotonic() >= end or (most and operation.number > most):
@@ -226,6 +231,15 @@ class Torture:
         except Exception as error:
             sentence = str(error) if type(error) is Wrong else f"{type(error).__name__}: {error}"
             raise TortureFailure(sentence, self.seed, self._last) from error
+
+
+@contextmanager
+def _merging() -> Iterator[None]:
+    """Within its `with` the kernel merges equal pages of blocks that are shared, where it can be had to do so."""
+    with ExitStack() as stack:
+        with suppress(HostError):  # it cannot, or another process sees to it just now
+            stack.enter_context(ksm_running(start=True, how={"pages_to_scan": 2000, "sleep_millisecs": 10}, patience=0))
+        yield
 
 
 def _moved(vm: VM, before: list[tuple[int, int]]) -> list[bool]:

@@ -98,6 +98,11 @@ RESULTS = {
         ("the guest's work, of that while nobody watches", "sampled"),
         ("large pages kept", "broken to small pages"),
     ],
+    "sharing": [
+        ("MiB freed a large page broken", "by count"),
+        ("estimated / actual", "all blocks of two VMs"),
+        ("estimated / actual", "a guest that runs on"),
+    ],
     "swap": [
         ("out: random data", "swap, unchanged"),
         ("out to the disk: text", "swap"),

@@ -2,7 +2,7 @@
  * where a test says. They are compiled with ioctl, madvise and clock_gettime replaced by the functions here.
  *
  * What is populated is real: all memory is of small pages, /proc/self/pagemap tells, what is absent reads as zeros. What
- * is registered, write-protected, large or the shared zero page is only noted here. Touches by the "guest" are made by
+ * is registered, write-protected, large, merged by KSM or the shared zero page is only noted here. Touches by the "guest" are made by
  * guest_write() and guest_read(), which post a fault where the kernel would, and wait for the engine's thread. */
 #define _GNU_SOURCE
 #include "engine_inside.h"
@@ -75,7 +75,7 @@ static int failing(int call, uint64_t *pages)
 static struct area {
     uint8_t *start;
     uint64_t pages;
-    uint8_t modes[MOST], wp[MOST], shared[MOST], large[MOST / PV_BLOCK_PAGES];
+    uint8_t modes[MOST], wp[MOST], shared[MOST], mergeable[MOST], merged[MOST], large[MOST / PV_BLOCK_PAGES];
 } areas[AREAS];
 
 static int pagemap = -1;
@@ -124,6 +124,7 @@ static void drop(struct area *area, uint64_t page, uint64_t count)
     break_large(area, page, count);
     memset(area->wp + page, 0, count);
     memset(area->shared + page, 0, count);
+    memset(area->merged + page, 0, count);
 }
 
 static int result(int error)
@@ -145,6 +146,7 @@ static int do_move(struct uffdio_move *move)
     for (; done < pages; done++) {
         uint8_t *old = source->start + (from + done) * PV_PAGE, *new = target->start + (to + done) * PV_PAGE;
         stopped = target == &areas[0] && !target->modes[to + done] ? ENOENT : there(new) ? EEXIST : 0;
+        stopped = source->merged[from + done] ? EBUSY : stopped;
         if (stopped)
             break;
         if (!there(old))
@@ -221,6 +223,53 @@ static int do_register(const struct uffdio_range *range, uint64_t modes)
     return result(error);
 }
 
+static uint64_t word_of(uint64_t value, uint32_t i);
+
+/* What KSM does to a page: it is not write-protected any more, though it was; it cannot be moved. */
+static bool merge_one(struct area *area, uint64_t page)
+{
+    if (!area->mergeable[page] || !there(area->start + page * PV_PAGE) || area->shared[page])
+        return false;
+    break_large(area, page, 1);
+    area->merged[page] = 1;
+    area->wp[page] = 0;
+    return true;
+}
+
+void fake_merge(uint64_t page, uint64_t count)
+{
+    for (uint64_t i = page; i < page + count; i++)
+        (void)merge_one(&areas[0], i);
+}
+
+/* The same, and a write by the guest, just after the next look for pages without protection. */
+static uint64_t late_page, late_value;
+static int late; /* 1: to come; 2: has come */
+
+void fake_merge_later(uint64_t page, uint64_t value)
+{
+    late_page = page;
+    late_value = value;
+    late = 1;
+}
+
+int fake_merged_later(void)
+{
+    int came = late == 2;
+    late = 0;
+    return came;
+}
+
+static void merge_late(void)
+{
+    if (late != 1 || !merge_one(&areas[0], late_page))
+        return;
+    for (uint32_t i = 0; i < 512; i++)
+        ((uint64_t *)(areas[0].start + late_page * PV_PAGE))[i] = word_of(late_value, i);
+    areas[0].merged[late_page] = 0;
+    late = 2;
+}
+
 static bool scans = true;
 
 void fake_scans(int on) { scans = on; }
@@ -238,6 +287,10 @@ static int do_scan(struct pm_scan_arg *scan)
         if (!there((void *)(uintptr_t)at))
             continue;
         uint64_t is = PAGE_IS_PRESENT | (area->large[page / PV_BLOCK_PAGES] ? PAGE_IS_HUGE : 0);
+        is |= area->wp[page] ? 0 : PAGE_IS_WRITTEN;
+        if ((is & scan->category_mask) != scan->category_mask)
+            continue;
+        is &= scan->return_mask;
         if (count && out[count - 1].end == at && out[count - 1].categories == is) {
             out[count - 1].end += PV_PAGE;
             continue;
@@ -247,6 +300,8 @@ static int do_scan(struct pm_scan_arg *scan)
         out[count++] = (struct page_region){at, at + PV_PAGE, is};
     }
     scan->walk_end = at;
+    if (scan->category_mask & PAGE_IS_WRITTEN)
+        merge_late();
     return (int)count;
 }
 
@@ -293,7 +348,7 @@ static int do_collapse(struct area *area, uint64_t page)
 {
     int error = failing(COLLAPSE, NULL);
     for (uint64_t i = page; !error && i < page + PV_BLOCK_PAGES; i++)
-        error = area->wp[i] ? EINVAL : area->shared[i] || !there(area->start + i * PV_PAGE) ? EBUSY : 0;
+        error = area->wp[i] ? EINVAL : area->merged[i] ? EAGAIN : area->shared[i] || !there(area->start + i * PV_PAGE) ? EBUSY : 0;
     if (!error)
         area->large[page / PV_BLOCK_PAGES] = 1;
     return result(error);
@@ -318,10 +373,18 @@ int fake_madvise(void *address, size_t size, int advice)
         error = failing(POPULATE, NULL);
         for (uint64_t i = page; !error && i < page + pages; i++) {
             ((volatile uint8_t *)area->start)[i * PV_PAGE] = area->start[i * PV_PAGE];
-            area->shared[i] = 0;
+            area->shared[i] = area->merged[i] = 0;
         }
         if (!error && area == &areas[2])
             area->large[page / PV_BLOCK_PAGES] = 1;
+        return result(error);
+    case MADV_MERGEABLE:
+    case MADV_UNMERGEABLE:
+        error = failing(ADVISE, NULL);
+        if (!error)
+            memset(area->mergeable + page, advice == MADV_MERGEABLE, pages);
+        if (!error && advice == MADV_UNMERGEABLE)
+            memset(area->merged + page, 0, pages);
         return result(error);
     case MADV_HUGEPAGE:
     case MADV_NOHUGEPAGE:
@@ -630,7 +693,7 @@ int guest_write(struct pv_engine *engine, uint64_t page, uint64_t value)
     uint64_t *words = (uint64_t *)ram_at(engine, page);
     for (uint32_t i = 0; i < 512; i++)
         words[i] = word_of(value, i);
-    areas[0].shared[page] = 0;
+    areas[0].shared[page] = areas[0].merged[page] = 0;
     return 0;
 }
 

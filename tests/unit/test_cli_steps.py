@@ -113,6 +113,9 @@ class Recorder:
     def break_(self, block):
         self._note(block, "break", block)
 
+    def share(self, block):
+        self._note(block, "share", block)
+
 
 def perform(text, size=8 * BLOCK_SIZE, busy=(), ended=False):
     engine = Recorder(busy)
@@ -140,6 +143,12 @@ def test_each_operation_asks_the_engine_for_what_it_says(text, calls):
     assert step.pages == (511 * len(calls) if text.startswith(("remove", "zero")) else 0)
 
 
+def test_to_share_is_to_break_to_drop_zeros_and_to_let_the_kernel_merge():
+    step, made = perform("share:2")
+    assert made == [("break", 2), ("remove", 2 * 512, 512, "zero"), ("share", 2)]
+    assert (step.done, step.failed, step.pages) == (1, 0, 511)
+
+
 def test_the_last_block_may_be_part_of_one():
     assert perform("remove:all", BLOCK_SIZE + 3 * PAGE_SIZE)[1] == [
         ("remove", 0, 512, "aside"),
@@ -150,7 +159,8 @@ def test_the_last_block_may_be_part_of_one():
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_a_block_in_use_does_not_keep_the_others(operation):
     step, calls = perform(f"{operation}:0-4", busy=(1, 3))
-    assert (len(calls), step.done, step.failed, step.finished) == (5, 3, 2, True)
+    more = 3 * 2 if operation == "share" else 0
+    assert (len(calls), step.done, step.failed, step.finished) == (5 + more, 3, 2, True)
     assert step.reason == "block 1 is in use"
 
 

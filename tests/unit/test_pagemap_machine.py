@@ -26,6 +26,7 @@ SOURCES = (
     "coarse",
     "limit",
     "sample",
+    "sharing",
     "live",
     "live_block",
     "live_drain",
@@ -65,6 +66,10 @@ int pv_sample_begin(struct pv_engine *engine, uint64_t block, uint32_t limit);
 int pv_sample_look(struct pv_engine *engine, uint64_t block, struct pv_sample *out);
 int pv_sample_state(struct pv_engine *engine, uint64_t block);
 int pv_sample_end(struct pv_engine *engine, uint64_t block, int keep, struct pv_sample *out);
+int pv_engine_share(struct pv_engine *engine, uint64_t block, int on);
+void fake_merge(uint64_t page, uint64_t count);
+void fake_merge_later(uint64_t page, uint64_t value);
+int fake_merged_later(void);
 int pv_trace_start(struct pv_engine *engine, uint32_t shift, uint32_t refine);
 int pv_trace_collect(struct pv_engine *engine, uint64_t *bits);
 int pv_trace_stop(struct pv_engine *engine);
@@ -323,13 +328,33 @@ class Engine(RuleBasedStateMachine):
         self.traced = self.lib.pv_trace_start(self.engine, shift, refine) == 0
         ffi.memmove(self.bits, bytes(ffi.sizeof(self.bits)), ffi.sizeof(self.bits))
 
+    @rule(block=blocks, on=st.sampled_from([1, 1, 0]))
+    def share(self, block, on):
+        self.lib.pv_engine_share(self.engine, block, on)
+
+    @rule(page=pages, count=counts)
+    def merge_equal(self, page, count):
+        """The kernel merges pages of blocks that are shared; each has the content that it had."""
+        self.lib.fake_merge(page, self.within(page, count))
+
     @precondition(lambda self: self.traced)
-    @rule()
-    def collect(self):
-        if self.lib.pv_trace_collect(self.engine, self.bits) == 0:
+    @rule(late=st.none() | st.tuples(pages, values))
+    def collect(self, late=None):
+        """late: a page is merged, and then written, while its block is being collected: it may come the next time."""
+        if late is not None:
+            self.lib.fake_merge_later(*late)
+        result = self.lib.pv_trace_collect(self.engine, self.bits)
+        came = self.lib.fake_merged_later()
+        if came:
+            self.model[late[0]] = late[1]
+        if came and result:
+            self.written.add(late[0])
+        if result == 0:
             missed = [page for page in self.written if not self.bits[page // 64] >> page % 64 & 1]
             assert missed == []
             self.written.clear()
+            if came and not self.bits[late[0] // 64] >> late[0] % 64 & 1:
+                self.written.add(late[0])
             ffi.memmove(self.bits, bytes(ffi.sizeof(self.bits)), ffi.sizeof(self.bits))
 
     @precondition(lambda self: self.traced)
@@ -404,6 +429,86 @@ def test_no_failure_loses_a_byte(lib):
             max_examples=EXAMPLES, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )
+
+
+# Pages that the kernel merges.
+
+
+def bits_of(lib, engine):
+    bits = ffi.new("uint64_t[]", PAGES // 64 + 1)
+    assert lib.pv_trace_collect(engine, bits) == 0
+    return {page for page in range(PAGES) if bits[page // 64] >> page % 64 & 1}
+
+
+@pytest.mark.parametrize("scans", [1, 0])
+@pytest.mark.parametrize("shift", [12, 21, 30])
+def test_a_trace_sees_a_write_to_a_page_that_was_merged(lib, engine, shift, scans):
+    own = engine(small=1, scans=scans)
+    fill(lib, own)
+    assert lib.pv_trace_start(own, shift, 0) == 0
+    assert lib.pv_engine_share(own, 0, 1) == 0
+    bits_of(lib, own)
+    lib.fake_merge(3, 2)
+    assert lib.guest_write(own, 3, 9) == 0
+    assert bits_of(lib, own) >= {3, 4}
+    if scans:
+        assert bits_of(lib, own) == set()  # protected again
+    lib.fake_merge(5, 1)
+    assert lib.pv_engine_share(own, 0, 0) == 0
+    assert 5 in bits_of(lib, own)
+    assert lib.pv_trace_stop(own) == 0
+
+
+def test_a_page_that_is_merged_and_written_in_the_midst_of_a_look_is_found_the_next_time(lib, engine):
+    own = engine(small=1)
+    fill(lib, own)
+    assert lib.pv_trace_start(own, 21, 0) == 0
+    assert lib.pv_engine_share(own, 0, 1) == 0
+    bits_of(lib, own)
+    lib.fake_merge(4, 1)
+    lib.fake_merge_later(7, 9)
+    assert bits_of(lib, own) == {4}
+    assert lib.fake_merged_later()
+    assert bits_of(lib, own) == {7}
+    assert lib.pv_trace_stop(own) == 0
+
+
+def test_a_live_save_has_what_was_there_before_a_page_was_merged_and_written(lib, engine):
+    own, told, found = engine(small=1), ffi.new("struct pv_live_progress *"), ffi.new("uint64_t[]", PAGES)
+    fill(lib, own)
+    assert lib.pv_engine_share(own, 1, 1) == -errno.EINVAL
+    assert lib.pv_engine_break(own, 1) == 0
+    assert lib.pv_engine_share(own, 1, 1) == 0
+    assert lib.pv_live_begin(own, ffi.NULL, 3, 0) == 0
+    assert lib.fake_freeze(own, 0) == 0
+    lib.fake_merge(BLOCK, BLOCK)
+    assert lib.guest_write(own, BLOCK + 300, 9) == 0
+    assert lib.fake_drain(own, told) == LIVE_DONE
+    lib.fake_packed(own, found)
+    assert found[BLOCK + 300] == 7
+    lib.pv_live_end(own, ffi.NULL, ffi.NULL)
+    lib.fake_merge_later(BLOCK + 300, 8)  # it may be merged again
+    assert lib.pv_trace_start(own, 12, 0) == 0
+    bits_of(lib, own)
+    assert lib.fake_merged_later()
+    assert lib.pv_trace_stop(own) == 0
+
+
+@pytest.mark.parametrize("how", [0, MOVE])
+def test_merged_pages_go_away_and_come_back(lib, engine, how):
+    own = engine(how, small=1)
+    fill(lib, own)
+    assert lib.pv_engine_share(own, 1, 1) == -errno.EINVAL  # a large page: to be broken first
+    assert lib.pv_engine_share(own, 0, 1) == 0
+    lib.fake_merge(0, BLOCK)
+    assert lib.pv_engine_remove(own, 10, 5, 0) == 5
+    lib.fake_merge(0, BLOCK)
+    assert lib.pv_engine_remove(own, 0, BLOCK, 0) == BLOCK - 5
+    assert {lib.guest_read(own, page) for page in range(BLOCK)} == {7}
+    lib.fake_merge(0, BLOCK)
+    assert lib.pv_engine_merge(own, 0) == 0
+    assert balance(lib, own) == ""
+    assert {lib.guest_read(own, page) for page in range(BLOCK)} == {7}
 
 
 # What was found, step by step.

@@ -20,6 +20,11 @@ _HOT = BLOCK_PAGES // 16
 """So many small pages touched in a window make a block hot."""
 
 
+def duplicates_needed(free: float) -> int:
+    """So many of its 512 pages must be duplicates for a large page to be broken, with that share of memory free."""
+    return max(_LEAST_DUPLICATES, int(BLOCK_PAGES * min(1.0, free * _WAY_TO_GO)))
+
+
 class RandomPages(Policy):
     """Any page, each as likely: what every other policy must be better than."""
 
@@ -141,8 +146,7 @@ class SharingFirst(Activity):
 
     def threshold(self) -> int:
         """A block must have so many duplicates."""
-        free = max(0, self.view.limit - self.view.used) / self.view.limit
-        return max(_LEAST_DUPLICATES, int(BLOCK_PAGES * min(1.0, free * _WAY_TO_GO)))
+        return duplicates_needed(max(0, self.view.limit - self.view.used) / self.view.limit)
 
     def victims(self, wanted: int) -> Iterator[Victim]:
         """See Policy."""
