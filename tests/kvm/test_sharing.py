@@ -297,7 +297,8 @@ def test_under_pressure_the_best_go_first_and_hot_ones_are_spared(vm):
     machine = dup(vm, "zeros=300", pages="2m")
     hot, free = {0, 4, 5}, [1.0]
     sharer = Sharer(machine.memory, lambda block: block in hot, lambda: free[0])
-    scanner = Scanner(machine.memory, policy=(policy := SharingFirst(View(machine.memory.size // PAGE_SIZE, 100))))
+    policy = SharingFirst(View(machine.memory.size // PAGE_SIZE, 100))
+    scanner = Scanner(machine.memory, on_block=policy.scanned)
     estimate = scanner.round()
     assert policy._duplicates[3] == estimate.counts()[3] > 100
     assert sharer.step(estimate) == 0  # memory is plenty

@@ -118,7 +118,7 @@ def test_rounds_of_the_scanner(memory):
             self.blocks[block] = duplicates
 
     policy, free = Told(), [1.0]
-    scanner = Scanner(memory, 10, 1000, free=lambda: free[0], policy=policy)
+    scanner = Scanner(memory, 10, 1000, free=lambda: free[0], on_block=policy.scanned)
     for page in (3, BLOCK_PAGES, 3 * BLOCK_PAGES + 4):
         memory.write(memory.gpa_of(page), b"x" * PAGE_SIZE)
     assert [scanner.step() for _ in range(3)] == [BLOCK_PAGES] * 3

@@ -6,16 +6,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from contextlib import suppress
 
 from pyvmm._native import ffi, lib
 from pyvmm.errors import BadInput, HostError, MemoryAccessError, check
 from pyvmm.layout import MIB, PAGE_SIZE, format_size
-from pyvmm.memory.activity import Sampler
 from pyvmm.memory.reclaim.live import LiveView, Told
 from pyvmm.memory.reclaim.policies import Clock
-from pyvmm.memory.reclaim.policy import BLOCK_PAGES, Block, Policy, Share, broken, find
+from pyvmm.memory.reclaim.policy import BLOCK_PAGES, Block, Share, broken, find
+from pyvmm.memory.reclaim.senses import Senses
 from pyvmm.record import Record
 
 TYPE_CHECKING = False
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from pyvmm.memory import GuestMemory
-    from pyvmm.memory.reclaim.policy import Victim
+    from pyvmm.memory.reclaim.policy import Policy, Victim
     from pyvmm.memory.swap import Swap
 
 LEAST = 8 * MIB
@@ -40,8 +39,6 @@ _BATCH = 4096
 """Pages taken out between two looks at how much is left."""
 _TICK_MS = 100
 _RETRY_SECONDS = 1.0
-_PRESSED_SECONDS = 2.0
-"""For so long after something had to go, blocks of low activity are broken."""
 _IN_USE = "nothing more can leave memory: it is in use"
 
 
@@ -87,7 +84,7 @@ class Reclaimer:
         self._kind: type[Policy] = find(policy)
         self._seed = seed
         self._limit: int | None = None
-        self._ceiling = _NEVER
+        self._set = _NEVER, _NEVER  # what C knows: pages above which faults wait, and above which reclaim begins
         self._changing = threading.Lock()
         self._news = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -95,12 +92,8 @@ class Reclaimer:
         self._over = threading.Event()
         self._taken = 0
         self._before = swap.stats().out
-        self._sampler: Sampler | None = None
-        self._samples: deque[tuple[int, int]] = (
-            deque()
-        )  # a block and which of its pages were touched: the sampler's thread
-        self._cold: deque[int] = deque()  # blocks that it has broken, since they are cold
-        self._pressed = 0.0  # until then memory counts as short
+        self._senses = Senses(memory, self._kind, self._free)
+        self._shares = False  # were pages given to the kernel, to be merged?
         self._waiting: dict[int, None] = {}  # blocks of which something is aside, the oldest first
         self._tried = 0.0
         self._since: float | None = None  # nothing can go
@@ -125,15 +118,16 @@ class Reclaimer:
             if limit is None:
                 self._limit = None
                 self._engine.tell(lib.pv_limit_set, _NEVER, _NEVER)
+                self._senses.stop()
                 return
-            if self._limit is None:
+            before = self._limit
+            if before is None:
                 check(self._engine.call(lib.pv_limit_begin), "UFFDIO_REGISTER")
             self._limit = limit
-            self._ceiling = _NEVER
+            self._set = _NEVER, _NEVER
             self._lower(self._engine.call(lib.pv_limit_resident, equip=False))
-            if self._kind.sampled is not Policy.sampled and self._sampler is None:
-                self._sampler = Sampler(self._memory, on_sample=self._sampled, decide=self._may_stay)
-                self._sampler.start()
+            if before is None:
+                self._senses.start()
             if self._thread is None:
                 self._memory.before_end(self._end)
                 self._thread = threading.Thread(target=self._run, name="reclaim", daemon=True)
@@ -144,11 +138,24 @@ class Reclaimer:
         them would wait for all of the way."""
         if self._limit is None:
             return
-        limit = self._limit // PAGE_SIZE
-        ceiling = min(self._ceiling, max(limit, resident + _ROOM))
-        if ceiling != self._ceiling:
-            self._ceiling = ceiling
-            self._engine.tell(lib.pv_limit_set, ceiling, limit - _ROOM)
+        limit = self._limit // PAGE_SIZE + self._merged()
+        set_before = self._set
+        ceiling = max(limit, min(set_before[0], resident + _ROOM))
+        self._set = ceiling, limit - _ROOM
+        if self._set != set_before:
+            self._engine.tell(lib.pv_limit_set, *self._set)
+
+    def _merged(self) -> int:
+        """Pages that are resident and take no memory of their own, since the kernel has merged them with others."""
+        if not self._shares:
+            return 0
+        from pyvmm.memory.sharing.ksm import freed_here
+
+        return freed_here()
+
+    def _free(self) -> float:
+        limit = self._limit
+        return 1.0 if limit is None else max(0.0, 1 - self._resident() / limit)
 
     def counts(self) -> ReclaimCounts:
         """How it stands."""
@@ -174,7 +181,7 @@ class Reclaimer:
 
     def _resident(self) -> int:
         """Bytes."""
-        return PAGE_SIZE * int(self._engine.call(lib.pv_limit_resident, equip=False))
+        return PAGE_SIZE * (int(self._engine.call(lib.pv_limit_resident, equip=False)) - self._merged())
 
     # ---- the thread ----
 
@@ -198,32 +205,21 @@ class Reclaimer:
                 above = self._engine.call(lambda native: lib.pv_limit_wait(native, _TICK_MS), equip=False)
                 self._retry()
                 if above and self._limit is not None:
-                    self._shrink(self._limit // PAGE_SIZE)
+                    self._shrink(self._limit // PAGE_SIZE + self._merged())
                     if self._since is not None:
                         self._over.wait(_TICK_MS / 1000)
                 with self._news:
                     self._news.notify_all()
 
-    def _sampled(self, block: int, touched: int, active: bool) -> None:
-        self._samples.append((block, touched))
-
-    def _may_stay(self, block: int, touched: int) -> bool:
-        """Technique T8: of a block of low activity, what nobody touches goes, where memory is short."""
-        if time.monotonic() > self._pressed:
-            return True
-        self._cold.append(block)
-        return False
-
     def _tell(self, touched: bool = True) -> None:
         came, left = self._view.look()
         try:
             self._told.changed(came, left, touched)
-            while self._samples:
-                self._told.policy.sampled(*self._samples.popleft())
+            self._senses.tell(self._told.policy)
         except Exception as error:
             self._replace(error)
-        while self._cold:
-            self._put_last(self._cold.popleft())
+        while self._senses.cold:
+            self._put_last(self._senses.cold.popleft())
 
     def _put_last(self, block: int) -> None:
         self._waiting.pop(block, None)
@@ -233,7 +229,7 @@ class Reclaimer:
         """Until enough room is free."""
         view = self._view
         view.limit = limit
-        self._pressed = time.monotonic() + _PRESSED_SECONDS
+        self._senses.press()
         target = limit - _ROOM - limit // _STEP
         self._tell()
         vain, enough = 0, 2 * view.pages  # victims in a row that stayed: a policy may come by all that is in use first
@@ -261,6 +257,8 @@ class Reclaimer:
         chosen = 0
         try:
             for victim in self._told.victims(wanted):
+                if isinstance(victim, Share):
+                    chosen += self._share(victim)
                 for first, count in self._pages(victim):
                     self._view.gone(first, count)
                     self._told.gone(range(first, first + count))
@@ -287,14 +285,28 @@ class Reclaimer:
         if isinstance(victim, Share):
             return
         if isinstance(victim, Block):
-            if not isinstance(victim.number, int) or not 0 <= victim.number < view.blocks:
-                raise BadInput(f"block {victim.number!r}: the VM has {view.blocks}")
+            self._require_block(victim.number)
             first = victim.number * BLOCK_PAGES
             yield first, min(BLOCK_PAGES, view.pages - first)
         elif isinstance(victim, int) and 0 <= victim < view.pages and view.resident[victim]:
             yield victim, 1
         else:
             raise BadInput(f"{victim!r} is no page in memory, and cannot leave it")
+
+    def _require_block(self, block: int) -> None:
+        if not isinstance(block, int) or not 0 <= block < self._view.blocks:
+            raise BadInput(f"block {block!r}: the VM has {self._view.blocks}")
+
+    def _share(self, victim: Share) -> int:
+        """Technique T5: breaks the block, drops its zeros, and lets the kernel merge the others, if it does that. How
+        many pages went; those that are merged count when that is done."""
+        from pyvmm.memory.sharing.sharer import mark_unless_in_use
+
+        self._require_block(victim.number)
+        gone = mark_unless_in_use(self._engine, victim.number)
+        self._shares = self._shares or gone is not None
+        self._view.large[victim.number] = 0
+        return gone or 0
 
     def _write(self, wanted: int) -> None:
         """Has the oldest of what is aside written, so many pages or a little more, and waits for that."""
@@ -326,7 +338,6 @@ class Reclaimer:
         path = getattr(self._kind.victims, "__code__", None)
         text = str(error) if isinstance(error, BadInput) else broken(error, path.co_filename if path else "")
         self._kind = Clock
-        self._samples.clear()
         self._told = Told(Clock, self._view)
         self._say(f"policy {self.policy}: {text}: clock goes on in its place")
         self.policy = "clock"

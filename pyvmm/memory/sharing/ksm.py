@@ -1,5 +1,6 @@
 # ksm.py: the kernel's own merging of equal pages (Documentation/admin-guide/mm/ksm.rst): a setting of the whole host.
-"""`ksm_running()`: within its `with` the kernel merges. `settled()`: it has. `Figures`, `footprint()`: what it says."""
+"""`ksm_running()`: within its `with` the kernel merges. `settled()`: it has. `Figures`, `footprint()`, `freed_here()`:
+what it says."""
 
 from __future__ import annotations
 
@@ -49,6 +50,13 @@ class Figures(Record):
         self.merging = 0
         with suppress(OSError), open("/proc/self/ksm_merging_pages") as file:  # since 6.0
             self.merging = int(file.read())
+
+
+def freed_here() -> int:
+    """Pages that merging has freed of this process, as far as can be told: of all that is merged, each process has its
+    share in what that has freed."""
+    found = Figures()
+    return found.merging * found.sharing // max(found.shared + found.sharing, 1)
 
 
 def footprint(memory: GuestMemory) -> int:

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from typing import Self
 
     from pyvmm.memory import GuestMemory
-    from pyvmm.memory.reclaim.policy import Policy
     from pyvmm.memory.sharing.table import Table
 
 RATE, TIGHT = 1000.0, 100_000.0
@@ -48,7 +47,8 @@ def pace(free: float, rate: float, tight: float, plenty: float, sharable: float 
 class Scanner:
     """Hashes one block after the other, round after round; a context manager that ends its thread.
 
-    rate, tight, plenty: see pace(); free: the free share of memory now; policy: is told of each block after a round.
+    rate, tight, plenty: see pace(); free: the free share of memory now; on_block: is told of each block after a round,
+    with a bit for each page whose content is elsewhere too, on the scanner's thread (Policy.scanned takes the same).
     others: gives tables of other VMs. table: the hashes so far; rounds: through all blocks.
     """
 
@@ -60,7 +60,7 @@ class Scanner:
         plenty: float = PLENTY,
         *,
         free: Callable[[], float] = free_share,
-        policy: Policy | None = None,
+        on_block: Callable[[int, int], object] | None = None,
         others: Callable[[], Sequence[Table]] = lambda: (),
     ) -> None:
         import numpy as np
@@ -69,7 +69,7 @@ class Scanner:
             raise BadInput(f"rates of {rate:g} and {tight:g} pages a second: give positive numbers")
         self._memory = memory
         self._rate, self._tight, self._plenty, self._free = rate, tight, plenty, free
-        self._policy, self._others = policy, others
+        self._on_block, self._others = on_block, others
         self.table: Table = np.zeros(memory.size // PAGE_SIZE, np.uint64)
         self.rounds = 0
         self._next = 0
@@ -115,8 +115,9 @@ class Scanner:
     def _tell(self) -> None:
         found = self.estimate()
         self._sharable = found.freed / max(found.scanned, 1)
-        for block in range(-(-found.pages // BLOCK_PAGES)) if self._policy is not None else ():
-            self._policy.scanned(block, found.bits(block))  # type: ignore[union-attr]
+        if self._on_block is not None:
+            for block in range(-(-found.pages // BLOCK_PAGES)):
+                self._on_block(block, found.bits(block))
 
     def start(self) -> None:
         """Has a thread go round, at pace(), until stop() or the memory's end. Nothing if one does already."""

@@ -73,6 +73,11 @@ def _unless_in_use(do: Callable[[Engine, int], int], engine: Engine, block: int)
         return None
 
 
+def mark_unless_in_use(engine: Engine, block: int) -> int | None:
+    """The same; None where it is in use, or not wholly RAM."""
+    return _unless_in_use(mark, engine, block) if engine.is_for_large(block) else None
+
+
 def _mark_all(engine: Engine, blocks: Iterable[int], found: Shared) -> list[int]:
     """Those that were not in use; counts them."""
     looks, marked = engine.looks(), []
