@@ -133,16 +133,17 @@ class SharingFirst(Activity):
     """Duplicates go before anything is written to a disk (technique T5, US9977747B2). Then as Activity.
 
     Large blocks are broken in the order of how many they have, down to a threshold that falls with free memory; hot
-    ones are spared.
+    ones are spared. What may have been merged goes last: it takes little memory, and would need its own to come back.
     """
 
     def __init__(self, view: View) -> None:
         super().__init__(view)
         self._duplicates: dict[int, int] = {}
+        self._shared: set[int] = set()
 
     def scanned(self, block: int, duplicates: int) -> None:
         """See Policy."""
-        self._duplicates[block] = duplicates.bit_count()
+        self._duplicates[block] = duplicates
 
     def threshold(self) -> int:
         """A block must have so many duplicates."""
@@ -152,13 +153,22 @@ class SharingFirst(Activity):
         """See Policy."""
         least, view = self.threshold(), self.view
         found = [
-            (-count, block)
-            for block, count in self._duplicates.items()
-            if count >= least and view.large[block] and view.present[block] and self.activity(block) <= _HOT
+            (-pages.bit_count(), block)
+            for block, pages in self._duplicates.items()
+            if pages.bit_count() >= least and view.large[block] and view.present[block] and self.activity(block) <= _HOT
         ]
         for _, block in sorted(found):
+            self._shared.add(block)
             yield Share(block)
+        yield from (victim for victim in super().victims(wanted) if not self._is_shared(victim))
         yield from super().victims(wanted)
+
+    def _is_shared(self, victim: Victim) -> bool:
+        if isinstance(victim, int):
+            block, bits = victim // BLOCK_PAGES, 1 << victim % BLOCK_PAGES
+        else:
+            block, bits = victim.number, -1
+        return block in self._shared and bool(self._duplicates[block] & bits)
 
 
 POLICIES: dict[str, type[Policy]] = {

@@ -230,6 +230,8 @@ class Reclaimer:
         view = self._view
         view.limit = limit
         self._senses.press()
+        with self._changing:  # the kernel may have merged more, or less, since the last time
+            self._lower(view.measure())
         target = limit - _ROOM - limit // _STEP
         self._tell()
         vain, enough = 0, 2 * view.pages  # victims in a row that stayed: a policy may come by all that is in use first
