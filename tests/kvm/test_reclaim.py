@@ -21,6 +21,8 @@ from pyvmm.control.control import Control
 from pyvmm.layout import MIB, PAGE_SIZE, Gpa
 from pyvmm.pytest_plugin import needs
 from pyvmm.testing.balance import populated
+from pyvmm.testing.dup_model import Dup
+from pyvmm.testing.hotcold_model import HotCold
 
 pytestmark = needs("kvm", "uffd_guest")
 
@@ -91,6 +93,25 @@ def test_a_guest_runs_right_in_a_half_a_quarter_an_eighth(vm, policy, pages, cpu
     machine.resume()
     passes(machine, 1)
     settled(machine)
+
+
+@pytest.mark.parametrize("policy", ["activity", "sharing-first"])
+def test_a_guest_with_hot_blocks_and_one_with_duplicates(vm, policy):
+    """Each checks what it touches; then its model checks all of it."""
+    hot, dup = vm(memory="64M", cpus=2), vm(memory="48M")
+    hot.load("hotcold", "hot=30 pages=100 shift=50 ms=100 stray=2")
+    dup.load("dup", "dups=500 write=10 order=random")
+    for machine in (hot, dup):
+        machine.start()
+        until(lambda: machine.progress().status == "running", "its work")  # noqa: B023 (at once)
+        machine.memory.reclaim(policy=policy, seed=3)
+        for share in (2, 4):
+            machine.memory.limit = machine.memory.size // share
+            work(machine)
+            kept(machine, machine.memory.size // share)
+        machine.pause()
+    assert HotCold(hot.progress(), hot=30, pages=100, shift=50).check(hot.memory, hot.progress()) == []
+    assert Dup(dup.progress(), dups=500, write=10, order="random").check(dup.memory) == []
 
 
 @needs("thp")
