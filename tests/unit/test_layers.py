@@ -12,6 +12,7 @@ LAYERS = (
     ("__main__", "pytest_plugin"),
     ("cli",),
     ("bench", "testing"),
+    ("fleet",),
     ("control",),
     ("machine",),
     ("explain", "host"),

@@ -1,6 +1,7 @@
 # policy.py: who chooses what leaves memory: the interface of victim policies, and how one is found. docs/reclaim.md
 # tells how to write one. Units: small pages of 4 KiB, by number; blocks of 2 MiB, which are 512 of them.
-"""`Policy`, the base; `View`, what it sees; `Block` and `Share`, victims beside pages; `find()`, by name or file."""
+"""`Policy`, the base; `View`, what it sees; `Block` and `Share`, victims beside pages; `find()`, by name or file;
+`find_class()`, for other kinds of policy."""
 
 from __future__ import annotations
 
@@ -12,9 +13,10 @@ from pyvmm.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-    from typing import TypeAlias
+    from collections.abc import Iterable, Mapping
+    from typing import TypeAlias, TypeVar
 
+    Kind = TypeVar("Kind")
     Victim: TypeAlias = "int | Block | Share"
 
 BLOCK_PAGES = BLOCK_SIZE // PAGE_SIZE
@@ -101,17 +103,23 @@ def find(name: str) -> type[Policy]:
     """The class of a policy: one that pyvmm brings, or `file.py:Class`, which is run. Raises BadInput."""
     from pyvmm.memory.reclaim.policies import POLICIES
 
-    if name in POLICIES:
-        return POLICIES[name]
+    return find_class(name, POLICIES, Policy, "victims")
+
+
+def find_class(name: str, known: Mapping[str, type[Kind]], base: type[Kind], method: str) -> type[Kind]:
+    """The class that `known` has, or that of `file.py:Class`: one made from `base`, which has the method that `base`
+    leaves to it. Raises BadInput."""
+    if name in known:
+        return known[name]
     path, colon, class_name = name.rpartition(":")
     if not colon or not path or not class_name:
-        known = ", ".join(POLICIES)
-        raise BadInput(f"no policy {name!r}: choose one of {known}, or write one and give it as file.py:Class")
+        choices = ", ".join(known)
+        raise BadInput(f"no policy {name!r}: choose one of {choices}, or write one and give it as file.py:Class")
     found = _run(path).get(class_name)
-    if not isinstance(found, type) or not issubclass(found, Policy):
-        raise BadInput(f"{path}: {class_name} is no class made from pyvmm.memory.reclaim.policy.Policy")
-    if found.victims is Policy.victims:
-        raise BadInput(f"{path}: {class_name} has no method victims()")
+    if not isinstance(found, type) or not issubclass(found, base):
+        raise BadInput(f"{path}: {class_name} is no class made from {base.__module__}.{base.__qualname__}")
+    if getattr(found, method) is getattr(base, method):
+        raise BadInput(f"{path}: {class_name} has no method {method}()")
     return found
 
 
