@@ -359,6 +359,34 @@ COMMANDS = (
         Option("--json", "one JSON object instead of a table", bool),
     ),
     Command(
+        "host",
+        "run many guests in less memory than they were promised (docs/fleet.md)",
+        "host",
+        Option(
+            "action",
+            "up: start a fleet, or find it running; status, top: show it; stop: end it; simulate: policies on paper",
+            choices=("up", "status", "top", "stop", "simulate"),
+        ),
+        Option(
+            "fleet", "up: its file, fleet.toml; else: its name, which is the file's", metavar="FLEET", optional=True
+        ),
+        Option("--folder", "where its sockets and logs are (default: as its name says)", metavar="FOLDER"),
+        Option("--detach", "up: in the background", bool),
+        Option("--json", "status, simulate: one JSON object instead of a table", bool),
+        Option("--vms", "simulate: so many VMs, made at random (default: three unlike ones)", int, metavar="N"),
+        Option("--trace", "simulate: what VMs of a fleet used: its decisions.log", metavar="FILE"),
+        Option(
+            "--policy",
+            "simulate: these, or your own: file.py:Class (default: all that there are)",
+            metavar="NAME[,NAME...]",
+        ),
+        Option(
+            "--budget", "simulate: so much for all of them (default: 70 % of what they are promised)", metavar="SIZE"
+        ),
+        Option("--ticks", "simulate: so many seconds (default 60)", int, 60, "N"),
+        Option("--seed", "simulate: of --vms (default 1)", int, 1, "N"),
+    ),
+    Command(
         "bench",
         "measure what pyvmm costs",
         "bench",

@@ -95,7 +95,7 @@ class Control:
     def _swap(self, arguments: dict[str, Any], reply: Reply) -> None:
         from pyvmm.control.swapping import change, figures
 
-        change(self._vm.memory, arguments["target"], arguments["policy"], arguments["off"])
+        change(self._vm.memory, arguments["target"], arguments["policy"], arguments["off"], arguments["wait"])
         reply.result(figures(self._vm.memory))
 
     def _pause(self, arguments: dict[str, Any], reply: Reply) -> None:

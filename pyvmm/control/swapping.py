@@ -13,9 +13,9 @@ SETTLING = 10.0
 """For so long at most a new limit is waited for."""
 
 
-def change(memory: GuestMemory, target: int | None, policy: str | None, off: bool) -> None:
-    """Sets the limit, or with `off` takes it away, and waits until it is kept. policy: where none was chosen before.
-    Raises BadInput, HostError."""
+def change(memory: GuestMemory, target: int | None, policy: str | None, off: bool, wait: bool = True) -> None:
+    """Sets the limit, or with `off` takes it away, and waits until it is kept unless `wait` says no. policy: where none
+    was chosen before. Raises BadInput, HostError."""
     if off and (target is not None or policy is not None):
         raise BadInput("no limit at all needs no target and no policy")
     if policy is not None:
@@ -28,7 +28,7 @@ def change(memory: GuestMemory, target: int | None, policy: str | None, off: boo
         memory.limit = None
     elif target is not None:
         memory.limit = target
-        if memory.reclaimer is not None:
+        if wait and memory.reclaimer is not None:
             memory.reclaimer.settled(SETTLING)
 
 

@@ -75,6 +75,7 @@ COMMANDS: dict[str, tuple[Argument, ...]] = {
         Argument("target", int, None, least=1),
         Argument("policy", str),
         Argument("off", bool, False),
+        Argument("wait", bool, True),
     ),
     "migrate": (
         Argument("to", str, required=True),

@@ -1,0 +1,209 @@
+# member.py: one VM of a running fleet: asked how it is, told what it may have. Bytes, seconds, pages of 4 KiB.
+"""`Member`."""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+
+from pyvmm.control.client import Client
+from pyvmm.errors import BadInput, ControlError, PyvmmError
+from pyvmm.fleet.demand import Demand, classes_of
+from pyvmm.fleet.vmm import Vmm
+from pyvmm.layout import BLOCK_SIZE, MIB, PAGE_SIZE
+from pyvmm.memory.reclaim.reclaimer import LEAST
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from pyvmm.fleet.config import Guest
+    from pyvmm.fleet.demand import Classes
+    from pyvmm.fleet.folder import Folder
+    from pyvmm.fleet.plan import Target
+
+PATIENCE = 2.0
+"""For an answer; who is silent is asked again after as long, doubled each time up to _RARELY."""
+_RARELY = 30.0
+_AIM = 0.99
+"""Of its ceiling a VM that wants more is to have so much on average: what it has goes up and down."""
+_STEP = MIB // 16
+"""A limit that differs by less is not told."""
+
+
+class Member:
+    """state: refused (there is no room), starting, then what the VM says (running, paused, migrating), silent, and at
+    the end ended or died. why: words for that. target: what was decided last."""
+
+    def __init__(self, guest: Guest, folder: Folder) -> None:
+        self.guest = guest
+        self.vmm = Vmm(folder, guest.name)
+        self.state, self.why = "refused", ""
+        self.target: Target | None = None
+        self.resident = self.swapped = self.ballooned = self.shared = 0
+        self.refaults = 0.0
+        self.classes: Classes | None = None
+        self.has_balloon = False
+        self.limit: int | None = None
+        self._folder = folder
+        self._path = folder.of(guest.name, "sock")
+        self._client: Client | None = None
+        self._balloon: int | None = None  # what it was told last; None: not asked yet
+        self._asks_balloon = guest.balloon
+        self._pressing = True
+        self._slack = 0
+        self._seen: tuple[float, int, int] | None = None  # when, refaults, pages taken
+        self._after, self._wait = 0.0, PATIENCE
+
+    @property
+    def alive(self) -> bool:
+        """Has it a process?"""
+        return self.state not in ("refused", "ended", "died")
+
+    # ---- looking ----
+
+    def look(self) -> None:
+        """Asks it. Where it does not answer it is starting still, or silent; what is known of it stays."""
+        if time.monotonic() < self._after:
+            return
+        try:
+            client = self._connected()
+            if client is not None:
+                self._look(client)
+                self._wait = PATIENCE
+        except (ControlError, KeyError, TypeError, AttributeError, ValueError) as error:
+            self.disconnect()
+            if self.vmm.running():
+                self.state, self.why = "silent", str(error) if isinstance(error, ControlError) else "another version"
+                self._after, self._wait = time.monotonic() + self._wait, min(2 * self._wait, _RARELY)
+
+    def _connected(self) -> Client | None:
+        if self._client is None:
+            try:
+                self._client = Client(self._path, PATIENCE)
+            except BadInput:  # nobody listens: it has just begun, or just ended
+                return None
+            self._asks_balloon, self._balloon, self._seen = self.guest.balloon, None, None
+        return self._client
+
+    def _look(self, client: Client) -> None:
+        status = client.ask("status")
+        if not self.vmm.found(status["pid"]):
+            raise ControlError(f"{self._path}: another process answers there")
+        self.state, self.why = str(status["state"]), ""
+        homes = status["pages"]["homes"]
+        self.swapped, self.shared = homes["swap"] * PAGE_SIZE, homes["shared"] * PAGE_SIZE
+        self.ballooned = homes["balloon"] * PAGE_SIZE
+        self._look_at_swap(client.ask("swap"), status["pages"])
+        if self._asks_balloon:
+            self._look_at_balloon(client)
+
+    def _look_at_swap(self, found: dict[str, Any], pages: dict[str, Any]) -> None:
+        now = time.monotonic()
+        self.limit = found["limit"]
+        if found["swap"] is None:
+            self.resident = (pages["large"] + pages["small"] + pages["homes"]["aside"]) * PAGE_SIZE
+            return
+        self.resident = int(found["resident"])
+        refaults, taken = int(found["swap"]["refaults"]), int(found["taken"])
+        if self._seen is not None:
+            then, before, taken_before = self._seen
+            self.refaults = max(0, refaults - before) / max(now - then, 1e-3)
+            self._pressing = taken > taken_before
+        self._seen = (now, refaults, taken)
+
+    def _look_at_balloon(self, client: Client) -> None:
+        """Which is told its target by the same request: it asks for nothing new."""
+        target = self.ballooned if self._balloon is None else self._balloon
+        try:
+            found = client.ask("balloon", target=target)
+        except (BadInput, ControlError):
+            if self._client is not None and self._balloon is None:  # it has none
+                self._asks_balloon = self.has_balloon = False
+                self.classes = None
+                return
+            raise
+        self.has_balloon, self._balloon = True, target
+        self.classes = classes_of(found.get("stats"), self.guest.memory)
+
+    def demand(self) -> Demand:
+        """For the policy. A VM that has not had to give up pages since the last look would not use much more now."""
+        guest = self.guest
+        wanted = None if self._pressing else self.resident * 5 // 4 + 2 * BLOCK_SIZE
+        return Demand(
+            guest.name, guest.memory, guest.shares, guest.reservation, guest.limit, self.resident, self.classes,
+            self.has_balloon, guest.swap, None, self.refaults, wanted, self.ballooned, self.swapped,
+        )  # fmt: skip
+
+    # ---- telling ----
+
+    def follow(self, target: Target) -> None:
+        """Has it live by what was decided. A VMM begins to give up pages a block and a little below its limit, and so
+        its VM has less than that on average; the limit is higher by as much as this is seen to be."""
+        self.target = target
+        if self._client is None:
+            return
+        if self._pressing:
+            error = int(_AIM * target.ceiling) - self.resident
+            most = BLOCK_SIZE + target.ceiling // 64
+            self._slack = min(most, max(0, self._slack + error // (4 if error > 0 else 2)))
+        limit = min(self.guest.memory, max(LEAST, target.ceiling + self._slack))
+        with suppress(PyvmmError):  # the next look says why
+            if self.limit is None or abs(limit - self.limit) >= _STEP:
+                self._client.ask("swap", target=limit, wait=False)
+                self.limit = limit
+            if self.has_balloon and target.balloon != self._balloon:
+                self._client.ask("balloon", target=target.balloon)
+                self._balloon = target.balloon
+
+    def ask_to_stop(self) -> None:
+        """The guest is to end."""
+        with suppress(PyvmmError):
+            client = self._connected()
+            if client is not None:
+                self.vmm.found(client.ask("status")["pid"])
+                client.ask("stop")
+
+    def over(self) -> None:
+        """Its process has ended: why."""
+        self.disconnect()
+        status = self.vmm.status()
+        self.vmm.close()
+        self.state = "ended" if not status else "died"
+        if status is None:
+            self.why = "it ran before this daemon, and its status is not known"
+        else:
+            self.why = f"signal {-status}" if status < 0 else f"status {status}"
+            if status > 0 and (said := self._folder.last_line(self.guest.name)):
+                self.why += f": {said}"
+        self.resident = self.swapped = self.ballooned = self.shared = 0
+        self.refaults, self.classes, self.target = 0.0, None, None
+
+    def disconnect(self) -> None:
+        """What it was told stays."""
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+
+    def as_dict(self) -> dict[str, object]:
+        """For JSON."""
+        target = self.target
+        return {
+            "name": self.guest.name,
+            "state": self.state,
+            "why": self.why,
+            "pid": self.vmm.pid if self.alive else None,
+            "memory": self.guest.memory,
+            "shares": self.guest.shares,
+            "reservation": self.guest.reservation,
+            "resident": self.resident,
+            "limit": self.limit if self.alive else None,
+            "entitlement": None if target is None else target.entitlement,
+            "ceiling": None if target is None else target.ceiling,
+            "balloon_target": target.balloon if target is not None and self.has_balloon else None,
+            "ballooned": self.ballooned,
+            "swapped": self.swapped,
+            "shared": self.shared,
+            "refaults": self.refaults,
+            "classes": None if self.classes is None else self.classes.as_dict(),
+        }
