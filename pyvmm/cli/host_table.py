@@ -59,12 +59,20 @@ def _group(found: dict[str, Any]) -> Group:
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for column in ("VM", "state"):
         table.add_column(column)
-    for column in ("size", "resident", "entitled", "limit", "balloon", "to", "swapped", "shared", "refaults/s"):
+    for column in ("size", "resident", "entitled", "limit", "balloon", "to", "swapped", "shared", "faults/s"):
         table.add_column(column, justify="right")
-    table.add_column("unreclaimable, active, inactive (anonymous+buffer), free", overflow="fold")
+    told = any(vm["classes"] is not None for vm in found["vms"])
+    if told:
+        table.add_column("classes")
+        table.caption = "classes: unreclaimable, active anonymous + buffer, inactive the same, free"
     notes = []
     for vm in found["vms"]:
-        table.add_row(vm["name"], Text(vm["state"], _COLOURS.get(vm["state"], "")), *_figures(vm), _classes(vm))
+        table.add_row(
+            vm["name"],
+            Text(vm["state"], _COLOURS.get(vm["state"], "")),
+            *_figures(vm),
+            *([_classes(vm)] if told else []),
+        )
         if vm["why"]:
             notes.append(Text(f"{vm['name']}: {vm['why']}", "yellow"))
     return Group(head, table, *notes)

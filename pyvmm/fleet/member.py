@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 PATIENCE = 2.0
 """For an answer; who is silent is asked again after as long, doubled each time up to _RARELY."""
 _RARELY = 30.0
-_AIM = 0.99
+_AIM = 0.995
 """Of its ceiling a VM that wants more is to have so much on average: what it has goes up and down."""
 _STEP = MIB // 16
 """A limit that differs by less is not told."""

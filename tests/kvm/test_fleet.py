@@ -1,0 +1,261 @@
+# test_fleet.py: fleets of real guests, which check their memory all the time, in half of what they were promised; the
+# kernel says what they take. VMMs and the daemon are killed.
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from control_help import PATIENCE, until
+
+import pyvmm
+from pyvmm.control.client import Client
+from pyvmm.errors import BadInput, ControlError
+from pyvmm.layout import MIB
+from pyvmm.pytest_plugin import needs
+
+pytestmark = needs("kvm", "uffd_guest")
+
+SETTLING = 20.0
+LOOKS = 12
+
+
+class Fleet:
+    """`pyvmm host up` of a file, in a folder of its own."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.file = folder / "x.toml"
+        self.run = folder / "r"
+        self.process = None
+        self.pids = set()
+
+    def write(self, budget, *vms, interval=0.1):
+        lines = ["[host]", f'budget = "{budget}"', f"interval = {interval}"]
+        for vm in vms:
+            given = {"guest": "verify", "memory": "32M", "options": ["--pages", "4k"]} | vm
+            lines += ["[[vm]]", *(f"{key} = {json.dumps(value)}" for key, value in given.items())]
+        self.file.write_text("\n".join(lines))
+
+    def up(self):
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "pyvmm", "host", "up", str(self.file), "--folder", str(self.run)],
+            stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def command(self, action, *more):
+        return subprocess.run(
+            [sys.executable, "-m", "pyvmm", "host", action, "--folder", str(self.run), *more],
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE * 3, check=False,
+        )  # fmt: skip
+
+    def status(self):
+        """None as long as nobody answers."""
+        try:
+            with Client(str(self.run / "daemon.sock")) as client:
+                found = client.ask("status")
+        except (BadInput, ControlError):
+            return None
+        self.pids |= {vm["pid"] for vm in found["vms"]} - {None}
+        return found
+
+    def vms(self):
+        found = self.status()
+        return {vm["name"]: vm for vm in found["vms"]} if found else {}
+
+    def states(self):
+        return {name: vm["state"] for name, vm in self.vms().items()}
+
+    def running(self, *names):
+        until(lambda: self.states() and all(self.states().get(name) == "running" for name in names))
+        return self.vms()
+
+    def ask(self, name, do, **arguments):
+        with Client(str(self.run / f"{name}.vm.sock")) as client:
+            return client.ask(do, **arguments)
+
+    def count(self, name):
+        return self.ask(name, "status")["progress"]["count"]
+
+    def ended(self):
+        self.process.communicate(timeout=PATIENCE)
+        return self.process.returncode
+
+    def close(self):
+        """Nothing is left, however the test has ended: not by the daemon's word."""
+        self.status()
+        if self.process is not None and self.process.poll() is None:
+            self.process.kill()
+        if self.process is not None:
+            self.process.communicate()
+        for pid in self.pids:
+            with suppress(ProcessLookupError, FileNotFoundError):
+                if str(self.run).encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def fleet(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(pyvmm.__file__).parents[1]))
+    made = Fleet(tmp_path)
+    yield made
+    made.close()
+
+
+def names(count):
+    return [f"v{number}" for number in range(count)]
+
+
+def taken(pid):
+    """Bytes in memory of what is registered with userfaultfd: the guest's RAM, and what is aside."""
+    total = size = 0
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        if line.startswith("Rss:"):
+            size = int(line.split()[1]) << 10
+        elif line.startswith("VmFlags:") and "um" in line.split():
+            total += size
+    return total
+
+
+def gone(pid):
+    with suppress(ProcessLookupError):
+        pidfd = os.pidfd_open(pid)
+        ready = select.select([pidfd], [], [], PATIENCE)[0]
+        os.close(pidfd)
+        return bool(ready)
+    return True
+
+
+def test_four_guests_live_in_half_of_what_they_want(fleet):
+    fleet.write("64M", *({"name": name, "append": "order=random"} for name in names(4)))
+    fleet.up()
+    pids = [vm["pid"] for vm in fleet.running(*names(4)).values()]
+
+    def share():
+        """Of the budget, by the kernel, on average of some looks."""
+        found = []
+        for _ in range(LOOKS):
+            found.append(sum(taken(pid) for pid in pids) / (64 * MIB))
+            time.sleep(0.02)  # what a guest has goes up and down with each page
+        assert max(found) <= 1.02
+        return sum(found) / LOOKS
+
+    until(lambda: sum(taken(pid) for pid in pids) > 60 * MIB)
+    end = time.monotonic() + SETTLING
+    while not 0.98 <= share() <= 1:
+        assert time.monotonic() < end, fleet.status()
+    counts = [fleet.count(name) for name in names(4)]
+    until(lambda: all(fleet.count(name) > before for name, before in zip(names(4), counts, strict=True)))
+    found = fleet.vms()
+    assert {vm["entitlement"] for vm in found.values()} == {16 * MIB}
+    assert sum(vm["resident"] for vm in found.values()) == pytest.approx(sum(map(taken, pids)), rel=0.05)
+    shown = fleet.command("status")
+    assert shown.stdout.count("running") == 4, shown.stderr
+    assert fleet.command("stop").returncode == 0
+    assert fleet.ended() == 0
+    assert all(map(gone, pids))
+    for name in names(4):  # a guest that reads a wrong byte ends with another status, and says so
+        assert (fleet.run / f"{name}.vm.log").read_text().count("\n") == 1
+    events = [json.loads(line) for line in (fleet.run / "decisions.log").read_text().splitlines()]
+    assert {"started", "demand", "targets", "ended", "stopped"} <= {event["event"] for event in events}
+    assert [event["why"] for event in events if event["event"] == "ended"] == ["status 0"] * 4
+
+
+def test_a_vmm_that_dies_is_told_of_and_the_others_have_its_memory(fleet):
+    fleet.write("64M", *({"name": name, "append": "order=random"} for name in names(4)))
+    fleet.up()
+    vms = fleet.running(*names(4))
+    until(lambda: all(vm["entitlement"] == 16 * MIB for vm in fleet.vms().values()))
+    os.kill(vms["v1"]["pid"], signal.SIGKILL)
+    until(lambda: fleet.states()["v1"] == "died")
+    until(lambda: fleet.vms()["v0"]["entitlement"] > 21 * MIB)
+    until(lambda: fleet.vms()["v0"]["resident"] > 17 * MIB)
+    found = fleet.vms()
+    assert found["v1"]["why"] == "signal 9"
+    assert [found[name]["pid"] for name in ("v0", "v2", "v3")] == [vms[name]["pid"] for name in ("v0", "v2", "v3")]
+    os.kill(vms["v2"]["pid"], signal.SIGSTOP)
+    until(lambda: fleet.states()["v2"] == "silent")
+    before = fleet.count("v0")
+    until(lambda: fleet.count("v0") > before)
+    os.kill(vms["v2"]["pid"], signal.SIGCONT)
+    until(lambda: fleet.states()["v2"] == "running")
+    assert fleet.command("stop").returncode == 0
+    assert fleet.ended() == 0
+
+
+def test_the_daemon_is_killed_and_the_next_one_finds_the_vms(fleet):
+    fleet.write("48M", *({"name": name} for name in names(2)))
+    fleet.up()
+    vms = fleet.running(*names(2))
+    second = fleet.command("up", str(fleet.file))
+    assert (second.returncode, second.stderr.count("\n")) == (2, 1)
+    assert "somebody listens there already" in second.stderr
+    fleet.process.kill()
+    assert fleet.ended() == -signal.SIGKILL
+    before = {name: fleet.count(name) for name in vms}
+    until(lambda: all(fleet.count(name) > before[name] for name in vms))
+    fleet.up()
+    found = fleet.running(*names(2))
+    assert {name: vm["pid"] for name, vm in found.items()} == {name: vm["pid"] for name, vm in vms.items()}
+    until(lambda: all(vm["entitlement"] == 24 * MIB for vm in fleet.vms().values()))
+    fleet.process.terminate()  # VMs run on after that too
+    assert fleet.ended() == 128 + signal.SIGTERM
+    assert fleet.command("status").returncode == 2
+    assert fleet.count("v0") >= before["v0"]
+    assert fleet.command("stop").returncode == 0
+    assert all(gone(vm["pid"]) for vm in vms.values())
+    done = fleet.command("stop")
+    assert (done.returncode, done.stderr) == (2, f"pyvmm: nothing runs in {fleet.run}\n")
+
+
+def test_a_vm_that_does_not_fit_comes_when_there_is_room(fleet):
+    fleet.write("40M", *({"name": name, "reservation": "16M"} for name in names(3)))
+    fleet.up()
+    vms = fleet.running("v0", "v1")
+    late = fleet.vms()["v2"]
+    assert late["state"] == "refused"
+    assert late["why"] == (
+        "v2 does not fit: it needs 16.0 MiB, and 8.0 MiB are left; of the 40.0 MiB others need 32.0 MiB "
+        "(v0 16.0 MiB, v1 16.0 MiB): stop one, or reserve less"
+    )
+    fleet.ask("v0", "stop", status=7)
+    fleet.running("v1", "v2")
+    assert fleet.vms()["v0"]["why"].startswith("status 7: verify: ")
+    assert gone(vms["v0"]["pid"])
+    for name in ("v1", "v2"):
+        fleet.ask(name, "stop")
+    assert fleet.ended() == 1  # one died
+
+
+def test_guests_that_end_by_themselves_end_the_fleet(fleet):
+    fleet.write("64M", {"name": "a", "guest": "hello"}, {"name": "b", "guest": "hello"})
+    fleet.up()
+    assert fleet.ended() == 0
+    fleet.write("64M", {"name": "a", "guest": "./none.elf"})
+    fleet.up()
+    text = fleet.process.communicate(timeout=PATIENCE)[1]
+    assert fleet.process.returncode == 1
+    assert "a: has died: status 2: pyvmm: " in text
+    assert "none.elf" in text
+
+
+def test_in_the_background(fleet):
+    fleet.write("64M", {"name": "a"})
+    done = fleet.command("up", str(fleet.file), "--detach")
+    assert done.returncode == 0, done.stderr
+    fleet.running("a")
+    found = json.loads(fleet.command("status", "--json").stdout)
+    assert f"process {found['pid']}, in {fleet.run}" in done.stderr
+    again = fleet.command("up", str(fleet.file), "--detach")
+    assert again.returncode == 2
+    assert "somebody listens there already" in again.stderr
+    assert fleet.command("stop").returncode == 0
+    assert gone(found["pid"])
+    assert fleet.status() is None
