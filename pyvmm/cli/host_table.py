@@ -59,23 +59,14 @@ def _group(found: dict[str, Any]) -> Group:
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for column in ("VM", "state"):
         table.add_column(column)
-    for column in ("size", "resident", "entitled", "limit", "balloon", "to", "swapped", "shared", "faults/s"):
-        table.add_column(column, justify="right")
-    told = any(vm["classes"] is not None for vm in found["vms"])
-    if told:
-        table.add_column("classes")
-        table.caption = "classes: unreclaimable, active anonymous + buffer, inactive the same, free"
+    for column in ("size", "resident", "due", "limit", "balloon", "to", "swapped", "shared", "faults/s"):
+        table.add_column(column, justify="right", no_wrap=True)
     notes = []
     for vm in found["vms"]:
-        table.add_row(
-            vm["name"],
-            Text(vm["state"], _COLOURS.get(vm["state"], "")),
-            *_figures(vm),
-            *([_classes(vm)] if told else []),
-        )
+        table.add_row(vm["name"], Text(vm["state"], _COLOURS.get(vm["state"], "")), *_figures(vm))
         if vm["why"]:
             notes.append(Text(f"{vm['name']}: {vm['why']}", "yellow"))
-    return Group(head, table, *notes)
+    return Group(head, table, *_classes(found["vms"]), *notes)
 
 
 def _figures(vm: dict[str, Any]) -> list[str]:
@@ -83,11 +74,15 @@ def _figures(vm: dict[str, Any]) -> list[str]:
     return [*(_mib(vm[name]) for name in names), f"{vm['refaults']:,.0f}"]
 
 
-def _classes(vm: dict[str, Any]) -> str:
-    if vm["classes"] is None:
-        return "-"
-    own, active, cache, idle, old, free = (_mib(vm["classes"][name]) for name in CLASSES)
-    return f"{own}, {active}+{cache}, {idle}+{old}, {free}"
+def _classes(vms: list[dict[str, Any]]) -> list[Table]:
+    """A table of what guests tell, if any does."""
+    table = Table("classes", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in CLASSES:
+        table.add_column(name.replace("anonymous", "anon").replace("_", " "), justify="right")
+    for vm in vms:
+        if vm["classes"] is not None:
+            table.add_row(vm["name"], *(_mib(vm["classes"][name]) for name in CLASSES))
+    return [table] if table.row_count else []
 
 
 def _mib(size: int | None) -> str:

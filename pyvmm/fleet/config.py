@@ -130,13 +130,13 @@ def _guest(table: object, number: int, folder: str) -> Guest:
     _known(table, VM_KEYS, where)
     image = _text(table, "guest", where)
     guest = Guest(name, image if "/" not in image else os.path.join(folder, image), _size(table, "memory", where))
-    guest.cpus = int(_whole(table, "cpus", where, 1, 1, 64))
+    if guest.memory < LEAST:
+        raise BadInput(f"{where}: memory: a VM of a fleet has at least {format_size(LEAST)}")
+    guest.cpus = _whole(table, "cpus", where, 1, 1, 64)
     guest.append = _text(table, "append", where, "")
     guest.shares = _whole(table, "shares", where, guest.shares, 1, MAX_SHARES)
     guest.limit = _size(table, "limit", where, guest.memory, LEAST)
     guest.reservation = _size(table, "reservation", where, min(LEAST, guest.memory), 0)
-    if guest.memory < LEAST:
-        raise BadInput(f"{where}: memory: a VM of a fleet has at least {format_size(LEAST)}")
     if guest.limit > guest.memory:
         raise BadInput(f"{where}: limit: {format_size(guest.limit)} is more than its memory")
     if guest.reservation > guest.limit:

@@ -16,6 +16,7 @@ from pyvmm.fleet.journal import Journal
 from pyvmm.fleet.member import Member
 from pyvmm.fleet.plan import Planner, plan
 from pyvmm.fleet.policy import ClassBased, find
+from pyvmm.fleet.vmm import Vmm
 from pyvmm.memory.reclaim.policy import broken
 from pyvmm.memory.reclaim.reclaimer import LEAST
 from pyvmm.sockets import check_path
@@ -105,6 +106,10 @@ class Daemon:
                 self._journal.write("stopped")
                 return 0
             return int(any(member.state in ("died", "refused") for member in self.members))
+        except PyvmmError as error:
+            for reply in self._replies:
+                reply.error(error)
+            raise
         finally:
             self._close()
 
@@ -120,6 +125,11 @@ class Daemon:
 
     def _begin(self) -> None:
         """Finds those that run already."""
+        ours = {member.guest.name for member in self.members}
+        for name in self._folder.names():
+            if name not in ours and Vmm(self._folder, name).locked():
+                self._journal.write("foreign", vm=name)
+                self._say(f"{name}: runs in {self._folder.path}, and is not in the file: its memory is not counted")
         for member in self.members:
             if member.vmm.locked():
                 member.state = "starting"

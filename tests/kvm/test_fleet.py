@@ -207,6 +207,11 @@ def test_the_daemon_is_killed_and_the_next_one_finds_the_vms(fleet):
     until(lambda: all(vm["entitlement"] == 24 * MIB for vm in fleet.vms().values()))
     fleet.process.terminate()  # VMs run on after that too
     assert fleet.ended() == 128 + signal.SIGTERM
+    fleet.write("48M", {"name": "v0"})
+    fleet.up()
+    fleet.running("v0")
+    fleet.process.terminate()
+    assert f"v1: runs in {fleet.run}, and is not in the file" in fleet.process.communicate(timeout=PATIENCE)[1]
     assert fleet.command("status").returncode == 2
     assert fleet.count("v0") >= before["v0"]
     assert fleet.command("stop").returncode == 0

@@ -1,0 +1,202 @@
+# test_fleet_member.py: how one VM of a fleet is asked and told, by a VMM that is none but answers on a real socket.
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+
+from pyvmm.cli.host_table import show
+from pyvmm.control import wire
+from pyvmm.control.server import Server
+from pyvmm.errors import BadInput
+from pyvmm.fleet import member as module
+from pyvmm.fleet.config import Guest
+from pyvmm.fleet.demand import CLASSES
+from pyvmm.fleet.folder import Folder
+from pyvmm.fleet.means import Split
+from pyvmm.fleet.member import Member
+from pyvmm.fleet.plan import Target
+from pyvmm.layout import MIB
+
+PAGE = 4096
+
+
+class Vmm:
+    """Answers for a VM in this process."""
+
+    def __init__(self, folder):
+        self.lock = folder.lock("a")
+        self.asked = []
+        self.homes = {"swap": 256, "shared": 2, "balloon": 512, "aside": 0}
+        self.limit, self.resident, self.taken, self.refaults = 16 * MIB, 14 * MIB, 100, 10
+        self.inflated = 0
+        self.has_balloon = True
+        self._server = Server(folder.of("a", "sock"), self._serve)
+
+    def _serve(self, request, reply):
+        self.asked.append((request.do, request.arguments))
+        reply.result(getattr(self, request.do)(request.arguments))
+
+    def status(self, arguments):
+        return {"pid": os.getpid(), "state": "running", "pages": {"large": 512, "small": 1, "homes": self.homes}}
+
+    def swap(self, arguments):
+        if arguments["target"] is not None:
+            assert arguments["wait"] is False
+            self.limit = arguments["target"]
+        swap = None if self.limit is None else {"refaults": self.refaults}
+        return {"limit": self.limit, "resident": self.resident, "taken": self.taken, "swap": swap}
+
+    def balloon(self, arguments):
+        if not self.has_balloon:
+            raise BadInput("this VM has no balloon")
+        self.inflated = arguments["target"]
+        return {"target": self.inflated, "actual": 0, "stats": dict.fromkeys(CLASSES, MIB)}
+
+    def told(self, do):
+        return [arguments["target"] for name, arguments in self.asked if name == do]
+
+    def close(self):
+        self._server.close()
+        os.close(self.lock)
+
+
+@pytest.fixture
+def vmm(tmp_path):
+    made = Vmm(Folder(str(tmp_path / "r")))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def member(vmm, tmp_path):
+    made = Member(Guest("a", "verify", 32 * MIB), Folder(str(tmp_path / "r")))
+    made.state = "starting"
+    yield made
+    made.disconnect()
+    made.vmm.close()
+
+
+@pytest.fixture
+def ballooning(vmm, monkeypatch):
+    """As a VMM has it that knows the command."""
+    monkeypatch.setitem(wire.COMMANDS, "balloon", (wire.Argument("target", int, required=True),))
+    return vmm
+
+
+def target(ceiling, balloon=0):
+    return Target("a", ceiling, ceiling, balloon, Split())
+
+
+def test_what_it_answers_is_what_is_known(vmm, member):
+    member.look()
+    assert (member.state, member.vmm.pid) == ("running", os.getpid())
+    demand = member.demand()
+    assert (demand.resident, demand.swapped, demand.ballooned) == (14 * MIB, MIB, 2 * MIB)
+    assert (demand.classes, demand.balloon, demand.wanted, demand.refaults) == (None, False, None, 0.0)
+    vmm.refaults += 1000
+    time.sleep(0.01)
+    member.look()
+    assert member.demand().refaults > 0
+    assert member.demand().wanted == 14 * MIB * 5 // 4 + 4 * MIB  # it had to give up nothing since
+    vmm.taken += 1
+    member.look()
+    assert member.demand().wanted is None
+
+
+def test_without_a_limit_what_is_mapped_counts(vmm, member):
+    vmm.limit, vmm.homes["aside"] = None, 3
+    member.look()
+    assert member.demand().resident == (512 + 1 + 3) * PAGE
+    member.follow(target(16 * MIB))
+    assert vmm.limit >= 16 * MIB
+
+
+def test_its_limit_is_higher_by_what_its_vmm_keeps_free(vmm, member):
+    """On average a VM is to have its ceiling: its VMM begins below the limit."""
+    for _ in range(40):
+        vmm.resident, vmm.taken = vmm.limit - 2 * MIB, vmm.taken + 1
+        member.look()
+        member.follow(target(16 * MIB))
+    assert vmm.resident == pytest.approx(16 * MIB, rel=0.01)
+    assert vmm.limit <= 18.25 * MIB
+    for _ in range(40):  # and it comes down where it has more
+        vmm.resident, vmm.taken = vmm.limit, vmm.taken + 1
+        member.look()
+        member.follow(target(16 * MIB))
+    assert vmm.limit == pytest.approx(16 * MIB, rel=0.01)
+
+
+def test_a_limit_within_what_a_vmm_takes(vmm, member):
+    member.look()
+    for ceiling, limit in ((1, 8 * MIB), (100 * MIB, 32 * MIB)):
+        member.follow(target(ceiling))
+        assert vmm.limit == limit
+    told = len(vmm.told("swap"))
+    member.follow(target(100 * MIB))  # nothing new
+    assert len(vmm.told("swap")) == told
+
+
+def test_a_vmm_that_has_no_balloon_is_asked_once(vmm, member, ballooning):
+    vmm.has_balloon = False
+    for _ in range(3):
+        member.look()
+    assert (member.state, member.has_balloon) == ("running", False)
+    assert vmm.told("balloon") == [2 * MIB]
+
+
+def test_a_balloon_is_left_as_it_is_found_and_then_told(vmm, member, ballooning):
+    member.look()
+    assert vmm.told("balloon") == [2 * MIB]  # what it holds already
+    demand = member.demand()
+    assert (demand.balloon, demand.classes.total) == (True, 6 * MIB)
+    member.follow(target(16 * MIB, balloon=5 * MIB))
+    member.look()
+    assert vmm.told("balloon") == [2 * MIB, 5 * MIB, 5 * MIB]
+    assert member.as_dict()["balloon_target"] == 5 * MIB
+
+
+def test_one_that_answers_nonsense_is_silent_and_not_asked_all_the_time(vmm, member, monkeypatch):
+    monkeypatch.setattr(module, "PATIENCE", 0.05)
+    member._wait = 0.05
+    monkeypatch.setattr(vmm, "status", lambda arguments: {"pid": os.getpid(), "state": "running"})
+    member.look()
+    assert (member.state, member.why) == ("silent", "another version")
+    asked = len(vmm.asked)
+    member.look()
+    assert len(vmm.asked) == asked
+    monkeypatch.undo()
+    time.sleep(0.06)
+    member.look()
+    assert (member.state, member.why) == ("running", "")
+
+
+def test_another_process_at_its_socket_is_not_believed(vmm, member, monkeypatch):
+    member.look()
+    monkeypatch.setattr(vmm, "status", lambda arguments: {"pid": 1, "state": "running"})
+    member.look()
+    assert "another process answers there" in member.why
+
+
+def test_nobody_there(tmp_path):
+    member = Member(Guest("b", "verify", 32 * MIB), Folder(str(tmp_path / "r")))
+    member.look()
+    assert (member.state, member.vmm.running()) == ("refused", False)
+    member.follow(target(MIB))
+    member.ask_to_stop()
+
+
+def test_the_table(member, vmm, ballooning, capsys):
+    member.look()
+    member.follow(target(16 * MIB, 3 * MIB))
+    silent = Member(Guest("b", "verify", 32 * MIB), Folder(os.path.dirname(member._path)))
+    silent.why = "b does not fit"
+    head = {"state": "soft", "resident": 14 * MIB, "budget": 64 * MIB, "policy": "class-based", "pid": 7}
+    show(head | {"vms": [member.as_dict(), silent.as_dict()]})
+    out = capsys.readouterr().out
+    assert out.startswith("soft: 14.0 of 64M, policy class-based, process 7; MiB\n")
+    lines = [line.split() for line in out.splitlines()]
+    assert ["a", "running", "32.0", "14.0", "16.0", "16.5", "2.0", "3.0", "1.0", "0.0", "0"] in lines
+    assert ["a", *["1.0"] * 6] in lines
+    assert "b: b does not fit" in out
