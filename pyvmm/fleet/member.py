@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pyvmm.fleet.folder import Folder
     from pyvmm.fleet.plan import Target
 
-PATIENCE = 2.0
+PATIENCE = 1.0
 """For an answer; who is silent is asked again after as long, doubled each time up to _RARELY."""
 _RARELY = 30.0
 _AIM = 0.995

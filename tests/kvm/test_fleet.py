@@ -84,6 +84,11 @@ class Fleet:
     def count(self, name):
         return self.ask(name, "status")["progress"]["count"]
 
+    def stop(self):
+        with Client(str(self.run / "daemon.sock")) as client:
+            client.ask("stop")
+        return self.ended()
+
     def ended(self):
         self.process.communicate(timeout=PATIENCE)
         return self.process.returncode
@@ -186,8 +191,7 @@ def test_a_vmm_that_dies_is_told_of_and_the_others_have_its_memory(fleet):
     until(lambda: fleet.count("v0") > before)
     os.kill(vms["v2"]["pid"], signal.SIGCONT)
     until(lambda: fleet.states()["v2"] == "running")
-    assert fleet.command("stop").returncode == 0
-    assert fleet.ended() == 0
+    assert fleet.stop() == 0
 
 
 def test_the_daemon_is_killed_and_the_next_one_finds_the_vms(fleet):
