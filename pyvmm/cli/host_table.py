@@ -58,8 +58,8 @@ def _group(found: dict[str, Any]) -> Group:
     )
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for column in ("VM", "state"):
-        table.add_column(column)
-    for column in ("size", "resident", "due", "limit", "balloon", "to", "swapped", "shared", "faults/s"):
+        table.add_column(column, no_wrap=True, min_width=8)
+    for column in ("size", "has", "used", "due", "limit", "balloon", "to", "swapped", "shared", "faults/s"):
         table.add_column(column, justify="right", no_wrap=True)
     notes = []
     for vm in found["vms"]:
@@ -70,7 +70,17 @@ def _group(found: dict[str, Any]) -> Group:
 
 
 def _figures(vm: dict[str, Any]) -> list[str]:
-    names = ("memory", "resident", "entitlement", "limit", "ballooned", "balloon_target", "swapped", "shared")
+    names = (
+        "memory",
+        "resident",
+        "working_set",
+        "entitlement",
+        "limit",
+        "ballooned",
+        "balloon_target",
+        "swapped",
+        "shared",
+    )
     return [*(_mib(vm[name]) for name in names), f"{vm['refaults']:,.0f}"]
 
 
@@ -86,4 +96,6 @@ def _classes(vms: list[dict[str, Any]]) -> list[Table]:
 
 
 def _mib(size: int | None) -> str:
-    return "-" if size is None else f"{size / (1 << 20):,.1f}"
+    if size is None:
+        return "-"
+    return f"{size / (1 << 20):,.{0 if size >= 100 << 20 else 1}f}"

@@ -37,4 +37,10 @@ def figures(memory: GuestMemory) -> dict[str, object]:
     reclaimer = memory.reclaimer
     if reclaimer is None:
         return {"memory": memory.size, "limit": None, "swap": None}
-    return {"memory": memory.size, **reclaimer.counts().as_dict(), "swap": reclaimer.swap.stats().as_dict()}
+    used = reclaimer.working_set()
+    return {
+        "memory": memory.size,
+        **reclaimer.counts().as_dict(),
+        "working_set": None if used is None else dict(zip(("low", "size", "high"), used, strict=True)),
+        "swap": reclaimer.swap.stats().as_dict(),
+    }

@@ -8,7 +8,7 @@ from contextlib import suppress
 
 from pyvmm.control.client import Client
 from pyvmm.errors import BadInput, ControlError, PyvmmError
-from pyvmm.fleet.demand import Demand, classes_of
+from pyvmm.fleet.demand import Demand, WorkingSet, classes_of
 from pyvmm.fleet.vmm import Vmm
 from pyvmm.layout import BLOCK_SIZE, MIB, PAGE_SIZE
 from pyvmm.memory.reclaim.reclaimer import LEAST
@@ -43,6 +43,7 @@ class Member:
         self.resident = self.swapped = self.ballooned = self.shared = 0
         self.refaults = 0.0
         self.classes: Classes | None = None
+        self.working_set: WorkingSet | None = None
         self.has_balloon = False
         self.limit: int | None = None
         self._folder = folder
@@ -105,6 +106,8 @@ class Member:
             self.resident = (pages["large"] + pages["small"] + pages["homes"]["aside"]) * PAGE_SIZE
             return
         self.resident = int(found["resident"])
+        used = found.get("working_set")
+        self.working_set = None if used is None else WorkingSet(int(used["size"]), int(used["low"]), int(used["high"]))
         refaults, taken = int(found["swap"]["refaults"]), int(found["taken"])
         if self._seen is not None:
             then, before, taken_before = self._seen
@@ -132,7 +135,7 @@ class Member:
         wanted = None if self._pressing else self.resident * 5 // 4 + 2 * BLOCK_SIZE
         return Demand(
             guest.name, guest.memory, guest.shares, guest.reservation, guest.limit, self.resident, self.classes,
-            self.has_balloon, guest.swap, None, self.refaults, wanted, self.ballooned, self.swapped,
+            self.has_balloon, guest.swap, self.working_set, self.refaults, wanted, self.ballooned, self.swapped,
         )  # fmt: skip
 
     # ---- telling ----
@@ -177,7 +180,7 @@ class Member:
             if status > 0 and (said := self._folder.last_line(self.guest.name)):
                 self.why += f": {said}"
         self.resident = self.swapped = self.ballooned = self.shared = 0
-        self.refaults, self.classes, self.target = 0.0, None, None
+        self.refaults, self.classes, self.working_set, self.target = 0.0, None, None, None
 
     def disconnect(self) -> None:
         """What it was told stays."""
@@ -205,5 +208,6 @@ class Member:
             "swapped": self.swapped,
             "shared": self.shared,
             "refaults": self.refaults,
+            "working_set": None if self.working_set is None else self.working_set.size,
             "classes": None if self.classes is None else self.classes.as_dict(),
         }

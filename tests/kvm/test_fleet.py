@@ -224,6 +224,19 @@ def test_the_daemon_is_killed_and_the_next_one_finds_the_vms(fleet):
     assert (done.returncode, done.stderr) == (2, f"pyvmm: nothing runs in {fleet.run}\n")
 
 
+def test_what_a_guest_leaves_idle_is_taxed_where_its_vmm_watches_it(fleet):
+    """All is touched now and then, an eighth of it at a time: the other guest gets more than half."""
+    idle = {"guest": "hotcold", "append": "hot=12 ms=300", "options": ["--policy", "activity"]}
+    fleet.write("96M", {"name": "idle", "memory": "64M"} | idle, {"name": "busy", "memory": "64M"})
+    fleet.up()
+    fleet.running("idle", "busy")
+    until(lambda: fleet.vms()["idle"]["working_set"] is not None)
+    until(lambda: fleet.vms()["busy"]["entitlement"] > 54 * MIB)
+    found = fleet.vms()
+    assert found["busy"]["working_set"] is None
+    assert fleet.stop() == 0
+
+
 def test_a_vm_that_does_not_fit_comes_when_there_is_room(fleet):
     fleet.write("40M", *({"name": name, "reservation": "16M"} for name in names(3)))
     fleet.up()

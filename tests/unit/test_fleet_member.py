@@ -32,6 +32,7 @@ class Vmm:
         self.limit, self.resident, self.taken, self.refaults = 16 * MIB, 14 * MIB, 100, 10
         self.inflated = 0
         self.has_balloon = True
+        self.watched = False
         self._server = Server(folder.of("a", "sock"), self._serve)
 
     def _serve(self, request, reply):
@@ -46,7 +47,8 @@ class Vmm:
             assert arguments["wait"] is False
             self.limit = arguments["target"]
         swap = None if self.limit is None else {"refaults": self.refaults}
-        return {"limit": self.limit, "resident": self.resident, "taken": self.taken, "swap": swap}
+        used = {"low": 3 * MIB, "size": 4 * MIB, "high": 5 * MIB} if self.watched else None
+        return {"working_set": used, "limit": self.limit, "resident": self.resident, "taken": self.taken, "swap": swap}
 
     def balloon(self, arguments):
         if not self.has_balloon:
@@ -100,9 +102,12 @@ def test_what_it_answers_is_what_is_known(vmm, member):
     member.look()
     assert member.demand().refaults > 0
     assert member.demand().wanted == 14 * MIB * 5 // 4 + 4 * MIB  # it had to give up nothing since
+    assert member.demand().active is None
     vmm.taken += 1
+    vmm.watched = True
     member.look()
     assert member.demand().wanted is None
+    assert member.demand().active == 5 * MIB
 
 
 def test_without_a_limit_what_is_mapped_counts(vmm, member):
@@ -197,6 +202,6 @@ def test_the_table(member, vmm, ballooning, capsys):
     out = capsys.readouterr().out
     assert out.startswith("soft: 14.0 of 64M, policy class-based, process 7; MiB\n")
     lines = [line.split() for line in out.splitlines()]
-    assert ["a", "running", "32.0", "14.0", "16.0", "16.5", "2.0", "3.0", "1.0", "0.0", "0"] in lines
+    assert ["a", "running", "32.0", "14.0", "-", "16.0", "16.5", "2.0", "3.0", "1.0", "0.0", "0"] in lines
     assert ["a", *["1.0"] * 6] in lines
     assert "b: b does not fit" in out

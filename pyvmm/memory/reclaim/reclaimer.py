@@ -168,6 +168,11 @@ class Reclaimer:
         counts.seconds, counts.longest = told.nanoseconds / 1e9, told.longest / 1e9
         return counts
 
+    def working_set(self) -> tuple[int, int, int] | None:
+        """Bytes that the guest uses of what is resident: at least, by estimate, and at most, 19 times out of 20. None
+        where the policy does not watch how active blocks are, or too few were."""
+        return self._senses.working_set(self._resident())
+
     def settled(self, timeout: float = 10.0) -> bool:
         """Waits until what is resident is within the limit; False where it is not, after so many seconds."""
         end = time.monotonic() + timeout

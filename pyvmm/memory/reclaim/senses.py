@@ -4,11 +4,13 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 
-from pyvmm.memory.activity import Sampler
-from pyvmm.memory.reclaim.policy import Policy
+from pyvmm.layout import PAGE_SIZE
+from pyvmm.memory.activity import Sampler, WorkingSet
+from pyvmm.memory.reclaim.policy import BLOCK_PAGES, Policy
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from pyvmm.memory import GuestMemory
     from pyvmm.memory.sharing.scanner import Scanner
 
+_ENOUGH = 4
+"""Samples: of fewer, nothing is said of a working set."""
 PRESSED_SECONDS = 2.0
 """For so long after something had to go, blocks of low activity are broken."""
 
@@ -33,6 +37,8 @@ class Senses:
         self._scanner: Scanner | None = None
         self._samples: deque[tuple[int, int]] = deque()
         self._scans: deque[tuple[int, int]] = deque()
+        self._used = WorkingSet()
+        self._using = threading.Lock()  # of that
         self._pressed = 0.0
         self.cold: deque[int] = deque()
         """Blocks that were found cold, and are broken: what was not touched of them is aside."""
@@ -68,8 +74,24 @@ class Senses:
         while self._scans:
             policy.scanned(*self._scans.popleft())
 
+    def working_set(self, resident: int) -> tuple[int, int, int] | None:
+        """Of so many bytes, those that are in use: at least, by estimate, at most. None where nobody samples, or too
+        little was. What is no whole large page cannot be sampled, and counts as used."""
+        if self._sampler is None:
+            return None
+        blocks = self._sampler.population()
+        with self._using:
+            found = self._used.estimate(blocks, time.monotonic())
+        if found.samples < _ENOUGH:
+            return None
+        rest = max(0, resident - blocks * BLOCK_PAGES * PAGE_SIZE)
+        low, size, high = (rest + int(pages) * PAGE_SIZE for pages in (found.low, found.pages, found.high))
+        return low, size, high
+
     def _sampled(self, block: int, touched: int, active: bool) -> None:
         self._samples.append((block, touched))
+        with self._using:
+            self._used.add(block, touched.bit_count(), active, time.monotonic())
 
     def _scanned(self, block: int, duplicates: int) -> None:
         self._scans.append((block, duplicates))
