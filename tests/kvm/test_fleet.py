@@ -224,6 +224,7 @@ def test_the_daemon_is_killed_and_the_next_one_finds_the_vms(fleet):
     assert (done.returncode, done.stderr) == (2, f"pyvmm: nothing runs in {fleet.run}\n")
 
 
+@needs("thp")
 def test_what_a_guest_leaves_idle_is_taxed_where_its_vmm_watches_it(fleet):
     """All is touched now and then, an eighth of it at a time: the other guest gets more than half."""
     idle = {"guest": "hotcold", "append": "hot=12 ms=300", "options": ["--policy", "activity"]}
