@@ -56,7 +56,12 @@ class Client:
 
     def ask(self, do: str, **arguments: object) -> dict[str, Any]:
         """Has something done, and returns what is said of it. Raises BadInput, ControlError with the VM's reason."""
-        stream = Stream(self, self.send(do, **arguments))
+        return self.result(self.send(do, **arguments))
+
+    def result(self, number: int) -> dict[str, Any]:
+        """What is said of something that was sent. Answers to what was sent before it are passed over. Raises BadInput,
+        ControlError with the VM's reason."""
+        stream = Stream(self, number)
         for _ in stream:
             pass
         return stream.result

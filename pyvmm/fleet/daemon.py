@@ -138,12 +138,14 @@ class Daemon:
 
     def _look(self) -> None:
         self._bury()
-        for member in self.members:
-            if member.alive:
-                before = member.state
-                member.look()
-                if member.state == "silent" != before:
-                    self._note("silent", member, f"does not answer: {member.why}")
+        alive = [member for member in self.members if member.alive]
+        for member in alive:
+            member.ask()
+        for member in alive:
+            before = member.state
+            member.hear()
+            if member.state == "silent" != before:
+                self._note("silent", member, f"does not answer: {member.why}")
 
     def _bury(self) -> None:
         for member in self.members:

@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     from pyvmm.fleet.folder import Folder
     from pyvmm.fleet.plan import Target
 
-PATIENCE = 1.0
-"""For an answer; who is silent is asked again after as long, doubled each time up to _RARELY."""
-_RARELY = 30.0
+PATIENCE = 2.0
+"""For an answer."""
+_RETRY, _RARELY = 1.0, 30.0
+"""Who is silent is asked again after that, and then after twice as long each time."""
 _AIM = 0.995
 """Of its ceiling a VM that wants more is to have so much on average: what it has goes up and down."""
 _STEP = MIB // 16
@@ -51,10 +52,11 @@ class Member:
         self._client: Client | None = None
         self._balloon: int | None = None  # what it was told last; None: not asked yet
         self._asks_balloon = guest.balloon
-        self._pressing = True
+        self._pressing: bool | None = None  # had it to give up pages lately? None: nobody knows
         self._slack = 0
         self._seen: tuple[float, int, int] | None = None  # when, refaults, pages taken
-        self._after, self._wait = 0.0, PATIENCE
+        self._after, self._wait = 0.0, _RETRY
+        self._numbers: list[int] = []  # of what was asked
 
     @property
     def alive(self) -> bool:
@@ -64,14 +66,30 @@ class Member:
     # ---- looking ----
 
     def look(self) -> None:
-        """Asks it. Where it does not answer it is starting still, or silent; what is known of it stays."""
+        """Asks, and waits for the answers."""
+        self.ask()
+        self.hear()
+
+    def ask(self) -> None:
+        """Asks it how it is; hear() has the answers. So a fleet is asked all at once: VMMs may be slow to answer, where
+        there are many more vCPUs than CPUs."""
+        self._numbers = []
         if time.monotonic() < self._after:
             return
+        client = self._connected()
+        if client is not None:
+            self._numbers = [client.send("status"), client.send("swap")]
+            if self._asks_balloon and self._balloon is not None:
+                self._numbers.append(client.send("balloon", target=self._balloon))
+
+    def hear(self) -> None:
+        """What it answers. Where it does not it is starting still, or silent; what is known of it stays."""
+        client, numbers = self._client, self._numbers
+        if client is None or not numbers:
+            return
         try:
-            client = self._connected()
-            if client is not None:
-                self._look(client)
-                self._wait = PATIENCE
+            self._hear(client, numbers)
+            self._wait = _RETRY
         except (ControlError, KeyError, TypeError, AttributeError, ValueError) as error:
             self.disconnect()
             if self.vmm.running():
@@ -87,17 +105,17 @@ class Member:
             self._asks_balloon, self._balloon, self._seen = self.guest.balloon, None, None
         return self._client
 
-    def _look(self, client: Client) -> None:
-        status = client.ask("status")
+    def _hear(self, client: Client, numbers: list[int]) -> None:
+        status = client.result(numbers[0])
         if not self.vmm.found(status["pid"]):
             raise ControlError(f"{self._path}: another process answers there")
         self.state, self.why = str(status["state"]), ""
         homes = status["pages"]["homes"]
         self.swapped, self.shared = homes["swap"] * PAGE_SIZE, homes["shared"] * PAGE_SIZE
         self.ballooned = homes["balloon"] * PAGE_SIZE
-        self._look_at_swap(client.ask("swap"), status["pages"])
+        self._look_at_swap(client.result(numbers[1]), status["pages"])
         if self._asks_balloon:
-            self._look_at_balloon(client)
+            self._look_at_balloon(client, *numbers[2:])
 
     def _look_at_swap(self, found: dict[str, Any], pages: dict[str, Any]) -> None:
         now = time.monotonic()
@@ -115,24 +133,27 @@ class Member:
             self._pressing = taken > taken_before
         self._seen = (now, refaults, taken)
 
-    def _look_at_balloon(self, client: Client) -> None:
-        """Which is told its target by the same request: it asks for nothing new."""
-        target = self.ballooned if self._balloon is None else self._balloon
+    def _look_at_balloon(self, client: Client, number: int | None = None) -> None:
+        """Which is told its target by the same request: at first what it holds already, so that nothing is changed."""
+        first = number is None
         try:
-            found = client.ask("balloon", target=target)
-        except (BadInput, ControlError):
-            if self._client is not None and self._balloon is None:  # it has none
-                self._asks_balloon = self.has_balloon = False
-                self.classes = None
-                return
-            raise
-        self.has_balloon, self._balloon = True, target
+            if number is None:
+                self._balloon = self.ballooned
+                number = client.send("balloon", target=self._balloon)
+            found = client.result(number)
+        except BadInput:
+            if not first:
+                raise
+            self._asks_balloon = self.has_balloon = False  # it has none
+            self.classes = None
+            return
+        self.has_balloon = True
         self.classes = classes_of(found.get("stats"), self.guest.memory)
 
     def demand(self) -> Demand:
         """For the policy. A VM that has not had to give up pages since the last look would not use much more now."""
         guest = self.guest
-        wanted = None if self._pressing else self.resident * 5 // 4 + 2 * BLOCK_SIZE
+        wanted = None if self._pressing is not False else self.resident * 5 // 4 + 2 * BLOCK_SIZE
         return Demand(
             guest.name, guest.memory, guest.shares, guest.reservation, guest.limit, self.resident, self.classes,
             self.has_balloon, guest.swap, self.working_set, self.refaults, wanted, self.ballooned, self.swapped,
@@ -151,12 +172,12 @@ class Member:
             most = BLOCK_SIZE + target.ceiling // 64
             self._slack = min(most, max(0, self._slack + error // (4 if error > 0 else 2)))
         limit = min(self.guest.memory, max(LEAST, target.ceiling + self._slack))
-        with suppress(PyvmmError):  # the next look says why
+        with suppress(PyvmmError):  # answers are passed over: the next look says how it is
             if self.limit is None or abs(limit - self.limit) >= _STEP:
-                self._client.ask("swap", target=limit, wait=False)
+                self._client.send("swap", target=limit, wait=False)
                 self.limit = limit
             if self.has_balloon and target.balloon != self._balloon:
-                self._client.ask("balloon", target=target.balloon)
+                self._client.send("balloon", target=target.balloon)
                 self._balloon = target.balloon
 
     def ask_to_stop(self) -> None:
@@ -164,8 +185,9 @@ class Member:
         with suppress(PyvmmError):
             client = self._connected()
             if client is not None:
-                self.vmm.found(client.ask("status")["pid"])
-                client.ask("stop")
+                if self.vmm.pidfd is None:
+                    self.vmm.found(client.ask("status")["pid"])
+                client.send("stop")
 
     def over(self) -> None:
         """Its process has ended: why."""
