@@ -29,7 +29,7 @@ VM_KEYS = (
     "name", "guest", "memory", "cpus", "append", "shares", "reservation", "limit", "balloon", "swap", "options",
 )  # fmt: skip
 STATE_KEYS = ("below", "above", "means")
-_OURS = ("--mem", "--cpus", "--append", "--control", "--limit", "--live", "--snapshot", "--trace")
+_OURS = ("--mem", "--cpus", "--append", "--control", "--limit", "--live", "--snapshot", "--trace", "--hugetlb")
 """Options of `pyvmm run` that are set by the fleet, or make no sense in one."""
 
 
