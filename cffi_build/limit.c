@@ -150,7 +150,7 @@ bool limit_is_dense(struct pv_engine *engine, uint64_t block)
     struct limit *limit = &engine->limit;
     uint32_t here = PV_BLOCK_PAGES - block_away(engine, block);
     if (load(&limit->most) == UINT64_MAX)
-        return here >= DENSE;
+        return block_word(engine, block) & PV_BLOCK_PIECES && here >= DENSE; /* from when there was one */
     if (here < FEW)
         limit->whole_at[block] = load(&limit->clock) + 1;
     if (here < DENSE || !within(limit, limit->whole_at[block], 1))

@@ -35,7 +35,7 @@ def swap_fd(folder):
 
 
 class Disk:
-    """What the swap's descriptor is, from one moment to the next. "EIO": as the memory of a process where it has none."""
+    """What the swap has for a file, from moment to moment. "EIO": the memory of a process, where it has none."""
 
     def __init__(self, fd, other):
         self._fd = fd
