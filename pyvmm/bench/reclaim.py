@@ -14,9 +14,9 @@ from pyvmm.layout import MIB
 from pyvmm.machine import VM
 from pyvmm.memory.reclaim.policies import POLICIES
 
-_SIZE, _QUICK_SIZE = 256 * MIB, 64 * MIB
+_SIZE, _QUICK_SIZE = 256 * MIB, 32 * MIB
 _ROUNDS = 5
-_SECONDS, _QUICK_SECONDS = 4.0, 0.5
+_SECONDS, _QUICK_SECONDS = 4.0, 0.1
 _GUEST = "hot=25 pages=256 shift=50 ms=2000"
 
 

@@ -30,7 +30,7 @@ BENCHMARKS = {
     "migrate": "a guest moves to another process: speed, downtime, its work, large pages",
     "populate": "a guest's first pass over memory that was populated before, or not",
     "storage": "a snapshot file written and read with each codec: plain write() and read() of the same bytes",
-    "reclaim": "a guest in a half of its memory: its speed and refaults, by who chooses what leaves",
+    "reclaim": "a guest in a half of its memory: speed and refaults, by policy",
     "activity": "active blocks found by sampling: precision, recall, what it costs the guest",
     "swap": "pages to the swap file and back, beside pwrite() and preadv() of the same bytes",
     "sharing": "equal pages: estimated and freed, and how many large pages that costs",

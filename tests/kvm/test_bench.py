@@ -98,6 +98,11 @@ RESULTS = {
         ("the guest's work, of that while nobody watches", "sampled"),
         ("large pages kept", "broken to small pages"),
     ],
+    "reclaim": [
+        ("speed", "no limit"),
+        ("back from swap", "random"),
+        ("large at the end", "activity"),
+    ],
     "sharing": [
         ("MiB freed a large page broken", "by count"),
         ("estimated / actual", "all blocks of two VMs"),

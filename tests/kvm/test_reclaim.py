@@ -26,7 +26,7 @@ from pyvmm.testing.hotcold_model import HotCold
 
 pytestmark = needs("kvm", "uffd_guest")
 
-SECONDS = 0.3
+SECONDS = 0.15
 """Of a guest in each of its limits. Longer: PYVMM_HAMMER=20 pytest ..."""
 
 

@@ -21,7 +21,7 @@ from pyvmm.testing.torture import Torture, TortureFailure
 
 pytestmark = needs("kvm", "uffd_guest")
 
-SECONDS = 3.0
+SECONDS = 2.0
 ODD = 48 * MIB + 5 * 4096
 """RAM that ends within a block."""
 
