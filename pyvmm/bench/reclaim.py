@@ -1,8 +1,8 @@
-# reclaim.py: a guest in a part of its memory, by who chooses what leaves. Units: pages a second, shares of its speed.
+# reclaim.py: a guest in a part of its memory, by who chooses what leaves. Units: MiB a second; its touches, in millions.
 """The guest hotcold, a quarter of its blocks hot, others in each phase of two seconds, in a half of its memory.
 
-Each round runs it once without a limit, and once with each policy. Its speed is that of its threads over time, in
-comparison with the same guest without a limit; refaults are pages that came back soon after they had left.
+Each round runs it once without a limit, and once with each policy. Refaults: what came back before as much had left as
+may be resident.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from __future__ import annotations
 import time
 
 from pyvmm.bench import Collected, Result
-from pyvmm.layout import MIB
+from pyvmm.layout import MIB, PAGE_SIZE
 from pyvmm.machine import VM
 from pyvmm.memory.reclaim.policies import POLICIES
 
 _SIZE, _QUICK_SIZE = 256 * MIB, 32 * MIB
 _ROUNDS = 5
 _SECONDS, _QUICK_SECONDS = 4.0, 0.1
+_MIB = MIB // PAGE_SIZE
 _GUEST = "hot=25 pages=256 shift=50 ms=2000"
 
 
@@ -34,13 +35,13 @@ def _speed(size: int, seconds: float, policy: str | None, found: Collected) -> N
         vm.wait(seconds)
         count, spent = vm.progress().count - before, time.perf_counter() - begin
         name = policy or "no limit"
-        found.add("speed", name, "touches/s", count / spent)
+        found.add("speed", name, "M/s", count / 1e6 / spent)
         if policy is None:
             return
         counts = reclaimer.swap.stats()
-        found.add("back from swap", name, "pages/s", counts.came / spent)
-        found.add("refaults", name, "pages/s", counts.refaults / spent)
-        found.add("written", name, "pages/s", counts.bytes_written / 4096 / spent)
+        found.add("back from swap", name, "MiB/s", counts.came / _MIB / spent)
+        found.add("refaults", name, "MiB/s", counts.refaults / _MIB / spent)
+        found.add("written", name, "MiB/s", counts.bytes_written / MIB / spent)
         found.add("large at the end", name, "MiB", vm.memory.large_blocks() * 2.0)
 
 

@@ -21,7 +21,7 @@ from pyvmm.pytest_plugin import needs
 pytestmark = needs("kvm", "uffd_guest")
 __all__ = ["way"]
 
-HAMMERING = 3.0
+HAMMERING = 2.0
 """Seconds. A longer run: PYVMM_HAMMER=20 pytest ..."""
 
 
