@@ -1,4 +1,4 @@
-# reclaim.py: a guest in a part of its memory, by who chooses what leaves. Units: MiB a second; its touches, in millions.
+# reclaim.py: a guest in a part of its memory, by who chooses what leaves. Units: MiB and millions of touches a second.
 """The guest hotcold, a quarter of its blocks hot, others in each phase of two seconds, in a half of its memory.
 
 Each round runs it once without a limit, and once with each policy. Refaults: what came back before as much had left as
