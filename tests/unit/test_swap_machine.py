@@ -32,7 +32,8 @@ ffi.cdef(
     + """
 struct pv_swap_told {
     uint64_t slots, free, slot_bytes, live, kept, stored, queued, behind, out, zeros, saved, late, came, ahead;
-    uint64_t refaults, writes, bytes_written, reads, bytes_read, given_up, given_back, errors;
+    uint64_t refaults, writes, bytes_written, reads, bytes_read, given_up, given_back;
+    uint64_t references, referred, held, ref_reads, ref_bytes_read, errors;
     int error;
 };
 void *fake_swap_open(struct pv_engine *engine, uint64_t slots, int codec);
@@ -44,6 +45,10 @@ void fake_no_holes(int error);
 uint64_t fake_disk(void);
 uint32_t fake_stored(uint64_t page);
 uint64_t fake_place(uint64_t page);
+uint64_t fake_refer(uint32_t block, uint64_t page, uint32_t count);
+void fake_unrefer(uint32_t block, uint32_t count);
+void fake_copy_ref(uint32_t from, uint32_t to);
+int fake_read_refs(uint64_t *values);
 int fake_slots(char *text, size_t size);
 int pv_swap_out(void *swap, uint64_t page, uint32_t count);
 int pv_swap_step(void *swap);
@@ -55,6 +60,8 @@ void pv_swap_look(void *swap, struct pv_swap_told *out);
 FULL = 105
 PUT, GET = CALLS.index("put"), CALLS.index("get")
 EXAMPLES = 24
+DISK, NOTHING = 64, (1 << 64) - 1
+"""Blocks that may be references; the value of one that is none."""
 RAW, LZ4, ZSTD = range(3)
 SLOT = {RAW: 4096, LZ4: 512, ZSTD: 512}
 NOISY = 1000
@@ -68,7 +75,7 @@ def lib(tmp_path_factory):
             compile_engine(
                 tmp_path_factory.mktemp("fake"),
                 others=("checksum", "codec", "digest"),
-                sources=(*SOURCES, "swap", "swap_slots", "swap_in", "swap_out", "swap_thread"),
+                sources=(*SOURCES, "swap", "swap_slots", "swap_in", "swap_out", "swap_refs", "swap_thread"),
                 replaced=(*REPLACED, "preadv", "pwritev", "fallocate"),
                 fake="fake_swap.c",
             )
@@ -109,7 +116,7 @@ class Swapping(RuleBasedStateMachine):
         self.lib.fake_scans(1)
         self.engine = self.lib.fake_open(PAGES, small, how)
         self.swap = self.lib.fake_swap_open(self.engine, slots * (1 if codec == RAW else 2), codec)
-        self.model = [0] * PAGES
+        self.model, self.disk = [0] * PAGES, [None] * DISK
         for page in range(0, PAGES, 2):
             self.write(page, 1 + page % 3 if page % 3 else NOISY + 1 + page // 3 % 8)
 
@@ -123,7 +130,14 @@ class Swapping(RuleBasedStateMachine):
             self.balanced()
             told = look(self.lib, self.swap)
             assert told.live == 0
-            assert (told.stored, told.stored > 0) == ((told.slots - told.free) * told.slot_bytes, told.kept > 0)
+            taken = told.slots - told.free - told.held
+            assert (told.stored, told.stored > 0) == (taken * told.slot_bytes, told.kept > 0)
+            self.read_disk()
+            self.lib.fake_unrefer(0, DISK)
+            self.disk = [None] * DISK
+            self.balanced()
+            told = look(self.lib, self.swap)
+            assert (told.held, told.references) == (0, 0)
         finally:
             self.lib.fake_swap_close()
 
@@ -206,6 +220,35 @@ class Swapping(RuleBasedStateMachine):
             pending = self.lib.fake_pending()
             value = self.lib.guest_read(self.engine, each)
             assert value == self.model[each] or (value == MISSING and pending)
+
+    @rule(block=st.integers(0, DISK - 1), page=pages, count=st.integers(1, DISK))
+    def refer(self, block, page, count):
+        """The guest writes pages to its disk."""
+        count = min(count, DISK - block, PAGES - page)
+        became = self.lib.fake_refer(block, page, count)
+        for i in range(count):
+            if became >> i & 1:
+                self.disk[block + i] = self.model[page + i]
+
+    @rule(block=st.integers(0, DISK - 1), count=st.integers(1, DISK))
+    def unrefer(self, block, count):
+        count = min(count, DISK - block)
+        self.lib.fake_unrefer(block, count)
+        self.disk[block : block + count] = [None] * count
+
+    @rule(block=st.integers(0, DISK - 1), other=st.integers(0, DISK - 1))
+    def copy_ref(self, block, other):
+        self.lib.fake_copy_ref(block, other)
+        self.disk[other] = self.disk[block]
+
+    @rule()
+    def read_disk(self):
+        pending = self.lib.fake_pending()
+        found = ffi.new("uint64_t[]", DISK)
+        error = self.lib.fake_read_refs(found)
+        assert error == 0 or (error < 0 and pending)
+        expected = [NOTHING if each is None or error else each for each in self.disk]
+        assert list(found) == expected
 
     @rule(block=st.integers(0, 2))
     def split(self, block):
