@@ -87,7 +87,7 @@ void pv_swap_hold(struct pv_swap *swap, const struct pv_swap_ref *refs, uint32_t
 /* They refer to nothing any more: what has no holder, and is no page's, is free. */
 void pv_swap_unrefer(struct pv_swap *swap, struct pv_swap_ref *refs, uint32_t count);
 /* Their bytes, each to its place in `to`, read in the order of the slots; what belongs to NONE stays as it is. Nobody may
- * change the references meanwhile. 0 or -errno: -EBADMSG where the file has other bytes than were written. */
+ * change the references meanwhile. How many reads that took, or -errno: -EBADMSG where the file has other bytes than were written. */
 int pv_swap_read_refs(struct pv_swap *swap, const struct pv_swap_ref *refs, uint32_t count, uint8_t *to) PV_CHECKED;
 
 /* ---- swap_thread.c ---- */

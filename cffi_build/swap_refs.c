@@ -111,8 +111,10 @@ static int by_slot(const void *first, const void *second)
 int pv_swap_read_refs(struct pv_swap *swap, const struct pv_swap_ref *refs, uint32_t count, uint8_t *to)
 {
     struct piece pieces[PV_BLOCK_PAGES];
+    uint64_t reads = 0, bytes = 0;
     uint32_t used = 0;
-    for (uint32_t i = 0; i < count; i++) {
+    int error = 0;
+    for (uint32_t i = 0; i < count && !error; i++) {
         const struct pv_swap_ref *ref = &refs[i];
         uint8_t *place = to + (size_t)i * PV_PAGE;
         if (ref->what == PV_REF_ZERO)
@@ -121,11 +123,11 @@ int pv_swap_read_refs(struct pv_swap *swap, const struct pv_swap_ref *refs, uint
             pieces[used++] = (struct piece){ref->slot, ref->digest, place, NULL, ref->size};
         if (used && (used == PV_BLOCK_PAGES || i == count - 1)) {
             qsort(pieces, used, sizeof(*pieces), by_slot);
-            int error = read_pieces(swap, pieces, used, &swap->told.ref_reads, &swap->told.ref_bytes_read);
-            if (error)
-                return error;
+            error = read_pieces(swap, pieces, used, &reads, &bytes);
             used = 0;
         }
     }
-    return 0;
+    count_up(&swap->told.ref_reads, reads);
+    count_up(&swap->told.ref_bytes_read, bytes);
+    return error ? error : (int)reads;
 }

@@ -193,8 +193,8 @@ int fake_read_refs(uint64_t *values)
     memset(bytes, 0x5a, sizeof(bytes));
     int error = pv_swap_read_refs(swap, disk, DISK, bytes[0]);
     for (uint32_t i = 0; i < DISK; i++)
-        values[i] = error || disk[i].what == PV_REF_NONE ? UINT64_MAX : value_at(bytes[i]);
-    return error;
+        values[i] = error < 0 || disk[i].what == PV_REF_NONE ? UINT64_MAX : value_at(bytes[i]);
+    return error < 0 ? error : 0;
 }
 
 static uint64_t refs_to(uint64_t slot)

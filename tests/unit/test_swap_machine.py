@@ -237,7 +237,7 @@ few = st.integers(0, FEW - 1)
 
 
 class Referring(RuleBasedStateMachine):
-    """Few pages, blocks of a disk that refer to them, and a file of few slots: each is held, given up, written again."""
+    """Few pages, blocks of a disk that refer to them, a file of few slots: each is held, given up, written again."""
 
     lib = None
 
@@ -341,7 +341,10 @@ def test_no_failure_loses_a_byte(lib, kind):
     run_state_machine_as_test(
         Machine,
         settings=settings(
-            max_examples=EXAMPLES * (2 if kind is Referring else 1), stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=EXAMPLES * (2 if kind is Referring else 1),
+            stateful_step_count=25,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
         ),
     )
 
