@@ -1,4 +1,4 @@
-# spans.py: which parts of a request to a disk are whole pages that become whole blocks. Units: bytes; both are of 4 KiB.
+# spans.py: which parts of a request to a disk are whole pages that become whole blocks. Units: bytes; pages of 4 KiB.
 """`spans()`, `whole()`."""
 
 from __future__ import annotations
