@@ -15,7 +15,7 @@
 
 GUEST("swapper", "pages by itself, with an array larger than its memory and a virtio disk to swap to",
       "pages=N of the array (default twice the frames)\n"
-      "frames=N of memory for them (default all there are)\n"
+      "frames=N of memory for them (default half of what there is)\n"
       "out=N pages that go out, or come, in one go (default 16, at most 256)\n"
       "touches=N then all is checked, and the end (default 0 = for ever)\n"
       "read=PERCENT of the touches only read (default 50)\n"
@@ -78,8 +78,9 @@ static _Noreturn void fail(const char *text, uint64_t number)
 }
 
 /* ---- the disk ---- */
-static void answers(void) /* of all that is under way */
+static void answers(void) /* of all that was asked for */
 {
+    virtq_notify(&device, &queue);
     while (under_way) {
         uint32_t written;
         int head = virtq_wait(&device, &queue, &written);
@@ -131,7 +132,6 @@ static void transfer(uint32_t kind, const uint32_t *which, uint64_t count)
         }
         ask(kind, first->block, frame_at(first->frame), run);
     }
-    virtq_notify(&device, &queue);
     answers();
 }
 
@@ -187,7 +187,6 @@ static void write_out(void)
     transfer(OUT, dirty, changed);
     if (changed && flushes) {
         ask(FLUSH, 0, NULL, 0);
-        virtq_notify(&device, &queue);
         answers();
     }
     for (uint64_t i = 0; i < taken; i++) {
@@ -273,7 +272,7 @@ static void parse_memory(void)
     uint64_t most = region.low_pages / 2; /* the rest is enough for the tables of 64 times as many pages */
     blocks = (virtio_get(&device, VIRTIO_CONFIG) | (uint64_t)virtio_get(&device, VIRTIO_CONFIG + 4) << 32) / 8;
     blocks = blocks < NONE ? blocks : NONE - 1;
-    frames = option_at_most("frames", most, most);
+    frames = option_at_most("frames", most, region.low_pages);
     pages = option_at_most("pages", 2 * frames, 64 * most);
     out = option_at_most("out", 16, MOST);
     if (pages == 0 || out == 0 || frames < 2 * out)
