@@ -120,6 +120,9 @@ class Requests(RuleBasedStateMachine):
         self.disk = SwapDisk(self.local, mode, durable=durable, clock=lambda: self.now)
         self.model = bytearray(SECTORS * SECTOR)
         self.versions = random.Random(1)
+        self.change(0, PAGES, "out")
+        self.change(3, 2, "zeros")
+        self.change(9, 3, "in")
 
     def teardown(self):
         if hasattr(self, "disk"):
