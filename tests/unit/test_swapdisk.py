@@ -282,6 +282,42 @@ def test_whatever_fails_a_block_has_what_was_written_last(tmp_path):
     )
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_long_runs_of_requests(tmp_path, seed):
+    """The same, deep where the machine above is wide: most states need several requests to one block."""
+
+    class Machine(Requests):
+        path = tmp_path / "disk"
+
+    rng, machine = random.Random(seed), Machine()
+    machine.begin(mode=("references", "replace", "naive", "replace")[seed % 4], durable=seed % 3 == 0)
+    for _ in range(250):
+        at, sector, count = rng.randrange(PAGES), rng.randrange(SECTORS), rng.randrange(1, 40)
+        if rng.random() < 0.3:
+            machine.change(at, rng.randrange(1, 9), rng.choice(("out", "out", "zeros", "in")))
+        elif rng.random() < 0.6:
+            machine.write_pages(sector // 8, [(rng.randrange(PAGES), rng.randrange(1, 5)) for _ in range(2)])
+        elif rng.random() < 0.5:
+            machine.write_bytes(sector, [(rng.randrange(PAGES * 8), rng.choice((0, 4)), count)])
+        elif rng.random() < 0.6:
+            rng.choice((machine.read, machine.discard, lambda *at: machine.write_zeroes(*at, True)))(sector, count)
+        else:
+            rng.choice(
+                (
+                    machine.flush,
+                    machine.close_swap,
+                    lambda: machine.time_passes(2 * GAP),
+                    lambda: machine.time_passes(2 * GAP),
+                    lambda: machine.fail(rng.choice(("local", "slots")), rng.randrange(3)),
+                    lambda: machine.no_more_references(rng.random() < 0.2),
+                )
+            )()
+        machine.holders_balance()
+    machine.local.fails = machine.slots.fails = 0
+    machine.as_it_was(0, SECTORS)
+    machine.teardown()
+
+
 # Step by step.
 
 
