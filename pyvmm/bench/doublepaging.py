@@ -3,8 +3,8 @@
 
 "sequences": pages that the host has taken out in no order are written to the disk, in sequences of 64; later each
 sequence is read. Bytes read of the swap file per page written, in either way; reads per sequence that is read.
-"the guest swapper": with a third of its memory, by a policy of the host's that knows nothing of the guest's; it makes all
-pages of an array twice as large as its frames, then reads them in order. Reads per 64 blocks that come back; seconds.
+"the guest swapper": with a third of its memory, by a policy of the host's that knows nothing of the guest's; it makes
+all pages of an array twice as large as its frames, and reads them in order. Reads per 64 blocks that come back; time.
 """
 
 from __future__ import annotations
