@@ -29,7 +29,7 @@ _SIZE, _QUICK_SIZE = 32 * MIB, 8 * MIB
 _ROUNDS, _QUICK_ROUNDS = 3, 1
 _TOGETHER = 64
 """Pages of a sequence."""
-_BYTES, _READS = "B/page", "reads/64"
+_BYTES, _READS = "bytes", "reads"
 
 
 def _read(counts: SwapCounts) -> int:
@@ -66,7 +66,7 @@ def _sequences(found: Collected, mode: str, size: int) -> None:
         reads, into = _reads(disk), Buffers(memory, [(0, _TOGETHER * PAGE_SIZE)])
         for at in starts:
             disk.read(at * 8, into)
-        found.add("sequences: reads to bring one back", mode, _READS, (_reads(disk) - reads) / len(starts))
+        found.add("sequences: reads to bring 64 back", mode, _READS, (_reads(disk) - reads) / len(starts))
     finally:
         disk.close()
         memory.close()
@@ -90,7 +90,7 @@ def _guest(found: Collected, mode: str, size: int) -> None:
         read = counts["brought"] * PAGE_SIZE / swapped if swapped else 0.0
         found.add(f"{name}: read per swapped page written", mode, _BYTES, read)
         found.add(f"{name}: pages written that were swapped", mode, "%", 100 * swapped / counts["blocks_written"])
-        found.add(f"{name}: reads", mode, _READS, _reads(disk) / counts["blocks_read"] * _TOGETHER)
+        found.add(f"{name}: reads for 64 blocks", mode, _READS, _reads(disk) / counts["blocks_read"] * _TOGETHER)
         found.add(f"{name}: all of it", mode, "s", time.perf_counter() - begin)
 
 
