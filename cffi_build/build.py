@@ -23,7 +23,7 @@ SOURCES = (
     "live.c", "live_block.c", "live_drain.c", "filehome.c",
     "checksum.c", "codec.c", "pack.c", "unpack.c", "load.c",
     "stream.c", "peerhome.c", "inbox.c", "serve.c",
-    "digest.c", "swap.c", "swap_slots.c", "swap_in.c", "swap_out.c", "swap_thread.c",
+    "digest.c", "swap.c", "swap_slots.c", "swap_in.c", "swap_out.c", "swap_refs.c", "swap_thread.c",
 )  # fmt: skip
 FLAGS = ("-std=gnu11", "-O2", "-g", "-fvisibility=hidden")
 STRICT = ("-Wall", "-Wextra", "-Werror", "-Wshadow", "-Wstrict-prototypes", "-Wvla", "-Wundef")

@@ -35,6 +35,7 @@ void pv_swap_close(struct pv_swap *swap)
     unmap_table(swap->records, swap->pages, sizeof(struct record));
     unmap_table(swap->slot_of, swap->pages, sizeof(uint32_t));
     unmap_table(swap->page_at, slots, sizeof(uint32_t));
+    unmap_table(swap->holders, slots, sizeof(uint32_t));
     unmap_table(swap->taken, slots / 64 + 1, sizeof(uint64_t));
     unmap_table(swap->filled, slots / 64 + 1, sizeof(uint64_t));
     for (uint32_t i = 0; swap->batches && i < swap->writers; i++) {
@@ -91,6 +92,7 @@ static int make_tables(struct pv_swap *swap, uint64_t slots)
     swap->records = map_table(swap->pages, sizeof(struct record));
     swap->slot_of = map_table(swap->pages, sizeof(uint32_t));
     swap->page_at = map_table(slots, sizeof(uint32_t));
+    swap->holders = map_table(slots, sizeof(uint32_t));
     swap->taken = map_table(slots / 64 + 1, sizeof(uint64_t));
     swap->filled = map_table(slots / 64 + 1, sizeof(uint64_t)); /* needs as many at most */
     swap->loose = calloc(slots / PV_BLOCK_PAGES / 64 + 1, sizeof(uint64_t));
@@ -99,7 +101,7 @@ static int make_tables(struct pv_swap *swap, uint64_t slots)
     swap->behind = calloc(bits, sizeof(uint64_t));
     swap->writing = calloc(bits, sizeof(uint64_t));
     swap->again = calloc(bits, sizeof(uint64_t));
-    if (!swap->records || !swap->slot_of || !swap->page_at || !swap->taken || !swap->filled || !swap->loose ||
+    if (!swap->records || !swap->slot_of || !swap->page_at || !swap->holders || !swap->taken || !swap->filled || !swap->loose ||
         !swap->ring || !swap->waits || !swap->behind || !swap->writing || !swap->again || !make_batches(swap))
         return -ENOMEM;
     swap->taken[slots / 64] = ~0ull << slots % 64; /* there are no more */

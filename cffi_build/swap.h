@@ -26,6 +26,8 @@ struct pv_swap_told {
     uint64_t writes, bytes_written, reads, bytes_read; /* calls that moved something, and what */
     uint64_t given_up;                  /* slots that were kept, until the file was full */
     uint64_t given_back;                /* bytes of disk space */
+    uint64_t references, referred, held; /* of others than pages; slots that they have; of these, no page's any more */
+    uint64_t ref_reads, ref_bytes_read; /* for them, and not counted above */
     uint64_t errors;                    /* times that something could not be written */
     int error;                          /* positive errno of the last time */
 };
@@ -57,6 +59,36 @@ void pv_swap_drop(struct pv_swap *swap);
 /* After pv_swap_end and the engine's end. */
 void pv_swap_close(struct pv_swap *swap);
 void pv_swap_look(struct pv_swap *swap, struct pv_swap_told *out);
+
+/* ---- swap_refs.c: places that have other holders than a page: blocks of a guest's disk (technique T6, US9342248B2) ---- */
+
+#define PV_REF_NONE 0 /* refers to nothing */
+#define PV_REF_SLOT 1
+#define PV_REF_ZERO 2 /* to zeros, which are stored nowhere */
+struct pv_swap_ref {
+    uint64_t digest[2];
+    uint32_t slot;
+    uint16_t size, what;
+};
+
+/* What became of a page that was to be referred to. */
+#define PV_REFER_BYTES 0 /* nothing: it is in memory, or in another home */
+#define PV_REFER_SLOT 1
+#define PV_REFER_ZERO 2
+#define PV_REFER_FULL 3 /* nothing: it is in the file, of which no more may be held */
+
+/* Of `count` pages, up to a block's worth: refs[i] refers from now on to what page + i has at this moment, where that is in
+ * the file or known to be zeros, and to nothing else any more. Others stay as they are. Nothing is read, and no page comes
+ * back. became: PV_REFER_* of each. look: nothing changes, `became` is FULL for what is in the file. */
+int pv_swap_refer(struct pv_swap *swap, uint64_t page, uint32_t count, struct pv_swap_ref *refs, uint8_t *became,
+                  int look) PV_CHECKED;
+/* Copies of references, which hold the places too. */
+void pv_swap_hold(struct pv_swap *swap, const struct pv_swap_ref *refs, uint32_t count);
+/* They refer to nothing any more: what has no holder, and is no page's, is free. */
+void pv_swap_unrefer(struct pv_swap *swap, struct pv_swap_ref *refs, uint32_t count);
+/* Their bytes, each to its place in `to`, read in the order of the slots; what belongs to NONE stays as it is. Nobody may
+ * change the references meanwhile. How many reads that took, or -errno: -EBADMSG where the file has other bytes than were written. */
+int pv_swap_read_refs(struct pv_swap *swap, const struct pv_swap_ref *refs, uint32_t count, uint8_t *to) PV_CHECKED;
 
 /* ---- swap_thread.c ---- */
 

@@ -24,12 +24,6 @@ int vector_whole(vector_call *call, int fd, struct iovec *parts, uint32_t count,
     return 0;
 }
 
-/* A page to be read: to where it goes, and where its stored bytes are meanwhile, if these are others. */
-struct piece {
-    uint64_t page;
-    uint8_t *to, *packed;
-};
-
 /* What is read with one call, and room for what is not stored as it was. */
 struct reading {
     struct iovec parts[2 * PV_BLOCK_PAGES];
@@ -61,9 +55,9 @@ static uint8_t *take_room(struct reading *reading, uint64_t size)
 /* Does it lie behind what is to be read already, or, where there are small slots, near that? Then it is read too. */
 static bool add_piece(const struct pv_swap *swap, struct reading *reading, uint64_t first, struct piece *piece)
 {
-    uint32_t size = swap->records[piece->page].size, slots = slots_of(swap, piece->page);
-    uint64_t slot = slot_at(swap, piece->page), end = first + reading->slots, gap = slot - end;
-    uint64_t stored = size < PV_PAGE ? (uint64_t)slots << swap->shift : 0;
+    uint32_t slots = slots_for(swap, piece->size);
+    uint64_t slot = piece->slot, end = first + reading->slots, gap = slot - end;
+    uint64_t stored = piece->size < PV_PAGE ? (uint64_t)slots << swap->shift : 0;
     if (slot < end || (gap && (!reading->room || gap > NEAR)) ||
         (reading->room && reading->taken + (gap << swap->shift) + stored > PV_STORE_MAX))
         return false;
@@ -79,24 +73,22 @@ static bool add_piece(const struct pv_swap *swap, struct reading *reading, uint6
 /* Nothing of the file is believed: what is decompressed ends where the page does, and its digest is known. */
 static int unpack(struct pv_swap *swap, const struct piece *piece)
 {
-    const struct record *record = &swap->records[piece->page];
     uint64_t digest[2];
-    int error = piece->packed ? pv_codec_decompress(swap->codec, piece->packed, record->size, piece->to, PV_PAGE) : 0;
+    int error = piece->packed ? pv_codec_decompress(swap->codec, piece->packed, piece->size, piece->to, PV_PAGE) : 0;
     if (error)
         return error == -EILSEQ ? -EBADMSG : error;
     pv_digest(&swap->key, piece->to, digest);
-    return memcmp(digest, record->digest, sizeof(digest)) ? -EBADMSG : 0;
+    return memcmp(digest, piece->digest, sizeof(digest)) ? -EBADMSG : 0;
 }
 
-/* A call for each run of slots, wherever its pages go. */
-static int read_pieces(struct pv_swap *swap, struct piece *pieces, uint32_t count)
+int read_pieces(struct pv_swap *swap, struct piece *pieces, uint32_t count, uint64_t *reads, uint64_t *bytes)
 {
     struct reading reading;
     reading.room = swap->codec == PV_CODEC_RAW ? NULL : pv_kept_pages(PV_KEPT_PACKED);
     if (swap->codec != PV_CODEC_RAW && !reading.room)
         return -ENOMEM;
     for (uint32_t i = 0, run; i < count; i += run) {
-        uint64_t first = slot_at(swap, pieces[i].page);
+        uint64_t first = pieces[i].slot;
         reading.used = 0;
         reading.taken = reading.slots = 0;
         for (run = 0; i + run < count && add_piece(swap, &reading, first, &pieces[i + run]);)
@@ -106,8 +98,8 @@ static int read_pieces(struct pv_swap *swap, struct piece *pieces, uint32_t coun
             error = unpack(swap, &pieces[i + j]);
         if (error)
             return error;
-        count_up(&swap->told.reads, 1);
-        count_up(&swap->told.bytes_read, reading.slots << swap->shift);
+        count_up(reads, 1);
+        count_up(bytes, reading.slots << swap->shift);
     }
     return 0;
 }
@@ -116,6 +108,17 @@ static int read_pieces(struct pv_swap *swap, struct piece *pieces, uint32_t coun
 static bool is_there(const struct pv_swap *swap, uint64_t page, uint64_t word)
 {
     return page < swap->pages && swap->slot_of[page] == (word >> PV_PAGE_LOCATOR_SHIFT) + 1;
+}
+
+static struct piece piece_of(const struct pv_swap *swap, uint64_t page, uint8_t *to)
+{
+    const struct record *record = &swap->records[page];
+    return (struct piece){slot_at(swap, page), record->digest, to, NULL, record->size};
+}
+
+static int read_pages(struct pv_swap *swap, struct piece *pieces, uint32_t count)
+{
+    return read_pieces(swap, pieces, count, &swap->told.reads, &swap->told.bytes_read);
 }
 
 int swap_scatter(void *self, uint64_t page, uint32_t count, const uint64_t *words, uint8_t *to)
@@ -128,9 +131,9 @@ int swap_scatter(void *self, uint64_t page, uint32_t count, const uint64_t *word
             continue;
         if (!is_there(swap, page + i, words[i]))
             return -EUCLEAN;
-        pieces[used++] = (struct piece){page + i, to + (size_t)i * PV_PAGE, NULL};
+        pieces[used++] = piece_of(swap, page + i, to + (size_t)i * PV_PAGE);
     }
-    return read_pieces(swap, pieces, used);
+    return read_pages(swap, pieces, used);
 }
 
 int swap_fetch(void *self, uint64_t page, uint32_t count, const uint64_t *words, uint8_t *to)
@@ -163,7 +166,7 @@ static struct stream *stream_of(struct pv_swap *swap, uint64_t page)
 /* Slots that so many pages take. */
 static uint64_t window_of(const struct pv_swap *swap, uint32_t order)
 {
-    uint64_t pages = swap->told.live + swap->told.kept, slots = swap->told.slots - swap->told.free;
+    uint64_t pages = swap->told.live + swap->told.kept, slots = swap->told.slots - swap->told.free - swap->told.held;
     return (slots > pages && pages ? (slots + pages / 2) / pages : 1) << order;
 }
 
@@ -202,8 +205,8 @@ int swap_read(void *self, const struct pv_unit *unit, const uint8_t **bytes)
     if (!room)
         return -ENOMEM;
     for (uint32_t i = 0; i < unit->count; i++)
-        pieces[i] = (struct piece){unit->pages[i], room + (size_t)i * PV_PAGE, NULL};
-    int error = read_pieces(swap, pieces, unit->count);
+        pieces[i] = piece_of(swap, unit->pages[i], room + (size_t)i * PV_PAGE);
+    int error = read_pages(swap, pieces, unit->count);
     if (!error)
         count_up(&swap->told.ahead, unit->count - 1);
     *bytes = room;

@@ -62,7 +62,8 @@ struct pv_swap {
     struct record *records;   /* of each page of RAM */
     uint32_t *slot_of;        /* 1 + first slot of each page of RAM that has a place */
     uint32_t *page_at;        /* 1 + page whose first slot this is */
-    uint64_t *taken;          /* a bit a slot that is some page's */
+    uint64_t *taken;          /* a bit a slot that is some page's, or has another holder */
+    uint32_t *holders;        /* references to the place that begins with this slot */
     uint64_t *filled, *loose; /* a bit for 4 KiB of the file: written to, and takes disk space; one for 2 MiB: something
                                  there was freed, so that some space may be given back */
     uint64_t loosened;        /* bits of `loose` */
@@ -104,13 +105,15 @@ static inline uint32_t slots_of(const struct pv_swap *swap, uint64_t page)
 
 /* A page without a place gets one, BUSY: these slots must be free. */
 void place_give(struct pv_swap *swap, uint64_t page, uint64_t slot, uint32_t size);
+/* It is not the page's any more. Its slots are free, unless there are references to it. */
 void place_free(struct pv_swap *swap, uint64_t page);
+void slots_free(struct pv_swap *swap, uint64_t slot, uint32_t count);
 void place_state(struct pv_swap *swap, uint64_t page, uint32_t state);
 /* Free slots that follow each other from `at` on, `most` at most. */
 uint32_t free_at(const struct pv_swap *swap, uint64_t at, uint32_t most);
 /* Up to `count` free slots that follow each other, at least `least`; 0: nowhere so many, nor are kept, to be given up. */
 uint32_t slots_find(struct pv_swap *swap, uint32_t count, uint32_t least, uint64_t *first);
-/* The bytes that all slots together have which are some page's. */
+/* The bytes that all slots together have which are some page's; those that are only referred to aside. */
 uint64_t bytes_stored(const struct pv_swap *swap);
 
 /* ---- swap_out.c ---- */
@@ -126,6 +129,16 @@ bool queue_take(struct pv_swap *swap, uint64_t *block);
 void queue_give(struct pv_swap *swap, uint64_t block, bool waits);
 
 /* ---- swap_in.c: the functions of the home ---- */
+
+/* Something to be read: where it is, to where it goes, and where its stored bytes are meanwhile, if these are others. */
+struct piece {
+    uint64_t slot;
+    const uint64_t *digest;
+    uint8_t *to, *packed;
+    uint32_t size;
+};
+/* A call for each run of slots, wherever its pages go; up to a block's worth, whose places stay. */
+int read_pieces(struct pv_swap *swap, struct piece *pieces, uint32_t count, uint64_t *reads, uint64_t *bytes) PV_CHECKED;
 
 /* All of it, by preadv or pwritev, which may do a part: 0 or -errno; -ENODATA where the file ends before. Changes parts. */
 typedef ssize_t vector_call(int fd, const struct iovec *parts, int count, off_t offset);

@@ -41,11 +41,8 @@ void place_give(struct pv_swap *swap, uint64_t page, uint64_t slot, uint32_t siz
     place_state(swap, page, PLACE_BUSY);
 }
 
-void place_free(struct pv_swap *swap, uint64_t page)
+void slots_free(struct pv_swap *swap, uint64_t slot, uint32_t count)
 {
-    uint64_t slot = slot_at(swap, page);
-    uint32_t count = slots_of(swap, page);
-    place_state(swap, page, PLACE_NONE);
     for (uint64_t each = slot; each < slot + count; each++) {
         uint64_t region = file_page(swap, each) / PV_BLOCK_PAGES;
         put_bit(swap->taken, each, false);
@@ -53,11 +50,21 @@ void place_free(struct pv_swap *swap, uint64_t page)
         put_bit(swap->loose, region, true);
     }
     swap->told.free += count;
-    swap->slot_of[page] = 0;
-    swap->page_at[slot] = 0;
 }
 
-uint64_t bytes_stored(const struct pv_swap *swap) { return (swap->told.slots - swap->told.free) << swap->shift; }
+void place_free(struct pv_swap *swap, uint64_t page)
+{
+    uint64_t slot = slot_at(swap, page);
+    place_state(swap, page, PLACE_NONE);
+    swap->slot_of[page] = 0;
+    swap->page_at[slot] = 0;
+    if (swap->holders[slot])
+        swap->told.held += slots_of(swap, page);
+    else
+        slots_free(swap, slot, slots_of(swap, page));
+}
+
+uint64_t bytes_stored(const struct pv_swap *swap) { return (swap->told.slots - swap->told.free - swap->told.held) << swap->shift; }
 
 /* ---- free ones ---- */
 

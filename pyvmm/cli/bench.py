@@ -32,6 +32,7 @@ BENCHMARKS = {
     "storage": "a snapshot file written and read with each codec: plain write() and read() of the same bytes",
     "reclaim": "a guest in a half of its memory: speed and refaults, by policy",
     "activity": "active blocks found by sampling: precision, recall, what it costs the guest",
+    "doublepaging": "a guest swaps what the host has swapped: bytes and reads, by mode of its disk",
     "swap": "pages to the swap file and back, beside pwrite() and preadv() of the same bytes",
     "sharing": "equal pages: estimated and freed, and how many large pages that costs",
 }
@@ -48,6 +49,7 @@ QUICK = (
     "populate",
     "reclaim",
     "activity",
+    "doublepaging",
     "swap",
     "sharing",
 )

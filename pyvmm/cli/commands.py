@@ -128,6 +128,12 @@ DEVICES = (
     Option("--rng", "a virtio device that gives random bytes", bool),
     Option("--virtio-console", "a virtio console: what is typed goes there, what it says comes here", bool),
     Option("--disk", "a virtio disk: a file or block device, with ,ro to be read alone", metavar="FILE", repeated=True),
+    Option(
+        "--swap-disk",
+        "a virtio disk to swap to, with ,mode=naive|references|replace and ,durable",
+        metavar="SIZE|FILE",
+        repeated=True,
+    ),
 )
 
 # What every command takes that runs a guest in the foreground (pyvmm.cli.run.Session).

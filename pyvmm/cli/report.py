@@ -79,6 +79,12 @@ def print_stats(vm: VM, seconds: float) -> None:
         table.add_row("memory: pages of 4 KiB", shown)
     for name, count in vm.mappings().items():
         table.add_row(f"mapped at the end: {name}", f"{count:,}")
+    for device in vm.virtio:
+        counts = {name: count for name, count in device.model.figures().items() if count}
+        if counts:
+            table.add_row(
+                device.kind, ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items())
+            )
     for kind in ("kvm", "vcpus"):
         for name, count in stats[kind].items():
             if count and not name.startswith("pages_"):

@@ -107,6 +107,11 @@ class Board:
         for device in self.virtio:
             device.hold()
 
+    def require_lasting(self) -> None:
+        """Raises BadInput where a device is kept in this process alone: the VM can be neither saved nor moved."""
+        for device in self.virtio:
+            device.model.require_lasting()
+
     def release(self) -> None:
         """After hold(): another process may run the guest, with what its devices are kept in, until go()."""
         for device in self.virtio:

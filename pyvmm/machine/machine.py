@@ -355,6 +355,10 @@ class VM:
 
         return restore(cls, path, **options)
 
+    def require_lasting(self) -> None:
+        """Raises BadInput where the VM can be neither saved nor moved: a device of it goes with this process."""
+        self._board.require_lasting()
+
     def hold(self, trouble: PyvmmError) -> None:
         """Pauses the VM because of something that wait() is to raise; resume() lets it try."""
         self._life.hold(trouble)

@@ -92,6 +92,7 @@ def save(
         raise BadInput(f"no order {order!r}: choose one of {', '.join(ORDERS)}")
     if mode == "live" and (order != "address" or parent is not None or track is not None):
         raise BadInput("a live snapshot has all pages, by address: parent, track and order go with mode 'stop'")
+    vm.require_lasting()
     begin, size = time.perf_counter(), parse_size(block_size)
     runs = vm.started and not vm.paused and not vm.ended
 

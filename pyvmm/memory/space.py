@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pyvmm.memory.counts import PageCounts
     from pyvmm.memory.engine import Engine
     from pyvmm.memory.reclaim.reclaimer import Reclaimer
+    from pyvmm.memory.swap import Swap
 
     Pages: TypeAlias = Literal["auto", "2m", "4k"]
     Buffer: TypeAlias = bytes | bytearray | memoryview
@@ -68,6 +69,8 @@ class GuestMemory:
         self._making = threading.Lock()
         self.reclaimer: Reclaimer | None = None
         """What keeps the limit, where there is or was one."""
+        self.swap: Swap | None = None
+        """The home of pages in a file, while there is one."""
         self.on_write: Callable[[int, int], None] | None = None
         self._views: dict[int, _View] = {}
         self._view_numbers = count()

@@ -46,9 +46,34 @@ class SwapCounts(Record):
     """
 
     __slots__ = (
-        "ahead", "behind", "bytes_read", "bytes_written", "came", "error", "errors", "free", "given_back", "given_up",
-        "kept", "late", "live", "out", "queued", "reads", "refaults", "saved", "slot_bytes", "slots", "stored",
-        "writes", "zeros",
+        "ahead",
+        "behind",
+        "bytes_read",
+        "bytes_written",
+        "came",
+        "error",
+        "errors",
+        "free",
+        "given_back",
+        "given_up",
+        "held",
+        "kept",
+        "late",
+        "live",
+        "out",
+        "queued",
+        "reads",
+        "ref_bytes_read",
+        "ref_reads",
+        "refaults",
+        "references",
+        "referred",
+        "saved",
+        "slot_bytes",
+        "slots",
+        "stored",
+        "writes",
+        "zeros",
     )  # fmt: skip
 
     def __init__(self, told: CData) -> None:
@@ -62,6 +87,8 @@ class SwapCounts(Record):
         self.writes, self.bytes_written = int(told.writes), int(told.bytes_written)
         self.reads, self.bytes_read = int(told.reads), int(told.bytes_read)
         self.given_back = int(told.given_back)
+        self.references, self.referred, self.held = int(told.references), int(told.referred), int(told.held)
+        self.ref_reads, self.ref_bytes_read = int(told.ref_reads), int(told.ref_bytes_read)
         self.errors, self.error = int(told.errors), int(told.error)
 
     def as_dict(self) -> dict[str, int]:
@@ -97,9 +124,10 @@ class Swap:
             raise BadInput("this VM has a home 'swap' already: close that first")
         self.path = path or FOLDER
         self._told = self._last = 0  # errors that have been seen; the errno that was raised last
+        self._leaving: list[Callable[[], None]] = []
         self._closed = self._over = False  # nothing goes out any more; so does nothing come back: the VM's end
         out = ffi.new("struct pv_swap **")
-        fd = _open(self.path)
+        fd = open_nameless(self.path)
         try:
             os.ftruncate(fd, slots // per_page * PAGE_SIZE)
         except OSError as error:
@@ -116,8 +144,9 @@ class Swap:
         memory.before_end(self._end)
         self._engine.set_native_home("swap", self)
         check(self._call(lib.pv_swap_start), "pthread_create")
+        memory.swap = self
 
-    def _call(self, function: Callable[..., int], *arguments: int) -> int:
+    def _call(self, function: Callable[..., int], *arguments: CData | int) -> int:
         """While a call is under way the memory is not closed."""
         return self._engine.call(lambda _: function(self._swap, *arguments), equip=False)
 
@@ -206,6 +235,37 @@ class Swap:
         name, text = errno.errorcode.get(counts.error, counts.error), os.strerror(counts.error)
         raise HostError(f"the swap file in {self.path} cannot be written: {name}, {text}: its pages stay in memory")
 
+    # ---- what others than pages keep there ----
+
+    def before_close(self, leave: Callable[[], None]) -> None:
+        """Has something called by close() before the file goes: from then on it is to hold no reference. What it raises
+        ends the close(), which may be called again."""
+        self._leaving.append(leave)
+
+    def refer(self, page: int, count: int, refs: CData, look: bool = False) -> bytes:
+        """Makes references (struct pv_swap_ref[count]) to what these pages have, where that is in the file or
+        zeros, and reads nothing: see pv_swap_refer. PV_REFER_* of each; of a swap that is closed, BYTES of all."""
+        became = ffi.new("uint8_t[]", count)
+        if not self._closed:
+            check(self._call(lib.pv_swap_refer, page, count, refs, became, look), "pv_swap_refer", page=page)
+        return bytes(ffi.buffer(became))
+
+    def hold(self, refs: CData, count: int) -> None:
+        """These are copies of others, and refer to the same."""
+        self._engine.tell(lambda _: lib.pv_swap_hold(self._swap, refs, count))
+
+    def unrefer(self, refs: CData, count: int) -> None:
+        """They refer to nothing any more."""
+        self._engine.tell(lambda _: lib.pv_swap_unrefer(self._swap, refs, count))
+
+    def read_refs(self, refs: CData, count: int, into: bytearray) -> int:
+        """Puts what they refer to into its place in `into`, a page each; where they refer to nothing, that stays. How
+        many reads it took. Raises OSError, in words, where the file cannot be read or is damaged."""
+        reads = self._call(lib.pv_swap_read_refs, refs, count, ffi.from_buffer(into))
+        if reads < 0:
+            raise OSError(-reads, self.explain(-reads))
+        return reads
+
     # ---- what is known, and its end ----
 
     def stats(self) -> SwapCounts:
@@ -224,15 +284,19 @@ class Swap:
 
     def close(self) -> None:
         """Brings all pages back from the file, and gives it up; what was not written yet is aside, and comes when it is
-        touched. Raises FetchError, with the file still there; then this may be called again. Twice is once."""
+        touched. Who refers to its slots is asked first to do so no more. Raises FetchError, HostError, with the file
+        still there; then this may be called again. Twice is once."""
         if self._closed and (self._over or not self._engine.serves("swap")):
             return
         self._closed = True
+        for leave in self._leaving:
+            leave()
         self._engine.tell(lambda _: lib.pv_swap_end(self._swap))
         for first, count in self._engine.at_home("swap").take(0, self._memory.size // PAGE_SIZE):
             self._engine.install(first, count)
         self._engine.drop_home("swap")
         self._engine.tell(lambda _: lib.pv_swap_drop(self._swap))
+        self._memory.swap = None
 
 
 def _codec(name: str | None) -> int:
@@ -246,8 +310,8 @@ def _codec(name: str | None) -> int:
     return int(number)
 
 
-def _open(path: str) -> int:
-    """A file with no name, or with one that is gone at once."""
+def open_nameless(path: str) -> int:
+    """A file with no name, or with one that is gone at once: in a folder, or where nothing is yet. Raises BadInput."""
     try:
         if not os.path.isdir(path):
             return _named(path)

@@ -12,6 +12,8 @@
 
 static struct pv_engine *own;
 static struct pv_swap *swap;
+#define DISK 64
+static struct pv_swap_ref disk[DISK]; /* blocks of a disk, which refer to places of the file */
 static struct {
     int what; /* 0: nothing; 1: read; 2: written; 3: written, and out again; 4: ... and another writer is at work */
     uint64_t page, count, value, done;
@@ -115,6 +117,7 @@ struct pv_swap *fake_swap_open(struct pv_engine *engine, uint64_t slots, int cod
     own = engine;
     meanwhile.what = 0;
     holes_fail = 0;
+    memset(disk, 0, sizeof(disk));
     elsewhere = value_in_file;
     pv_swap_home(swap, &swap_home);
     pv_engine_home(engine, PV_HOME_SWAP, &swap_home);
@@ -158,10 +161,54 @@ uint64_t fake_disk(void)
 uint32_t fake_stored(uint64_t page) { return swap->slot_of[page] ? swap->records[page].size : 0; }
 uint64_t fake_place(uint64_t page) { return swap->slot_of[page]; }
 
+/* ---- references, of blocks of a disk ---- */
+
+/* So many pages are written to blocks from `block` on: bits of those that became references, or zeros. */
+uint64_t fake_refer(uint32_t block, uint64_t page, uint32_t count)
+{
+    uint8_t became[DISK];
+    uint64_t bits = 0;
+    if (pv_swap_refer(swap, page, count, &disk[block], became, 0))
+        abort();
+    for (uint32_t i = 0; i < count; i++)
+        bits |= (uint64_t)(became[i] == PV_REFER_SLOT || became[i] == PV_REFER_ZERO) << i;
+    return bits;
+}
+
+void fake_unrefer(uint32_t block, uint32_t count) { pv_swap_unrefer(swap, &disk[block], count); }
+
+/* One block's reference becomes another's too. */
+void fake_copy_ref(uint32_t from, uint32_t to)
+{
+    struct pv_swap_ref copy = disk[from];
+    pv_swap_hold(swap, &copy, 1);
+    pv_swap_unrefer(swap, &disk[to], 1);
+    disk[to] = copy;
+}
+
+/* The values of all blocks; what is none, or of which a read failed, has UINT64_MAX. */
+int fake_read_refs(uint64_t *values)
+{
+    static uint8_t bytes[DISK][PV_PAGE] __attribute__((aligned(8)));
+    memset(bytes, 0x5a, sizeof(bytes));
+    int error = pv_swap_read_refs(swap, disk, DISK, bytes[0]);
+    for (uint32_t i = 0; i < DISK; i++)
+        values[i] = error < 0 || disk[i].what == PV_REF_NONE ? UINT64_MAX : value_at(bytes[i]);
+    return error < 0 ? error : 0;
+}
+
+static uint64_t refs_to(uint64_t slot)
+{
+    uint64_t found = 0;
+    for (uint32_t i = 0; i < DISK; i++)
+        found += disk[i].what == PV_REF_SLOT && disk[i].slot == slot;
+    return found;
+}
+
 /* What is wrong with the slots: the length of a text. */
 int fake_slots(char *text, size_t size)
 {
-    uint64_t live = 0, kept = 0, taken = 0, heads = 0, bits = 0, loose = 0;
+    uint64_t live = 0, kept = 0, taken = 0, heads = 0, bits = 0, loose = 0, held = 0, referred = 0, references = 0;
     static uint8_t owned[1 << 16];
     memset(owned, 0, sizeof(owned));
     for (uint64_t page = 0; page < own->pages; page++) {
@@ -190,7 +237,37 @@ int fake_slots(char *text, size_t size)
             MUST(has_bit_at(swap->filled, each >> (PAGE_SHIFT - swap->shift)), "slot %lu is a hole", each);
         }
     }
+    for (uint32_t i = 0; i < DISK; i++) {
+        uint64_t slot = disk[i].slot, first = slot;
+        uint32_t count = slots_for(swap, disk[i].size);
+        if (disk[i].what != PV_REF_SLOT)
+            continue;
+        references++;
+        MUST(swap->holders[slot] == refs_to(slot), "slot %lu has %u holders, and %lu references", slot,
+             swap->holders[slot], refs_to(slot));
+        for (uint32_t j = 0; j < i; j++)
+            first = disk[j].what == PV_REF_SLOT && disk[j].slot == slot ? UINT64_MAX : first;
+        if (first == UINT64_MAX)
+            continue;
+        referred += count;
+        if (swap->page_at[slot]) {
+            MUST(slots_of(swap, swap->page_at[slot] - 1) == count, "slot %lu: %u slots are referred to", slot, count);
+            continue;
+        }
+        held += count;
+        taken += count;
+        for (uint64_t each = slot; each < slot + count; each++) {
+            MUST(!owned[each]++, "slot %lu is held and a page's, or another's", each);
+            MUST(has_bit_at(swap->taken, each), "slot %lu is held, and free by its bit", each);
+            MUST(has_bit_at(swap->filled, each >> (PAGE_SHIFT - swap->shift)), "slot %lu is held, and a hole", each);
+        }
+    }
+    MUST(held == swap->told.held && referred == swap->told.referred && references == swap->told.references,
+         "%lu slots held, %lu referred to, %lu references; counted %lu, %lu, %lu", held, referred, references,
+         swap->told.held, swap->told.referred, swap->told.references);
+    MUST(referred <= swap->told.slots / 2, "%lu slots are referred to, of %lu", referred, swap->told.slots);
     for (uint64_t slot = 0; slot < swap->told.slots; slot++) {
+        MUST(!swap->holders[slot] || refs_to(slot), "slot %lu has %u holders that nobody knows", slot, swap->holders[slot]);
         heads += swap->page_at[slot] != 0;
         bits += has_bit_at(swap->taken, slot);
     }

@@ -32,7 +32,8 @@ ffi.cdef(
     + """
 struct pv_swap_told {
     uint64_t slots, free, slot_bytes, live, kept, stored, queued, behind, out, zeros, saved, late, came, ahead;
-    uint64_t refaults, writes, bytes_written, reads, bytes_read, given_up, given_back, errors;
+    uint64_t refaults, writes, bytes_written, reads, bytes_read, given_up, given_back;
+    uint64_t references, referred, held, ref_reads, ref_bytes_read, errors;
     int error;
 };
 void *fake_swap_open(struct pv_engine *engine, uint64_t slots, int codec);
@@ -44,6 +45,10 @@ void fake_no_holes(int error);
 uint64_t fake_disk(void);
 uint32_t fake_stored(uint64_t page);
 uint64_t fake_place(uint64_t page);
+uint64_t fake_refer(uint32_t block, uint64_t page, uint32_t count);
+void fake_unrefer(uint32_t block, uint32_t count);
+void fake_copy_ref(uint32_t from, uint32_t to);
+int fake_read_refs(uint64_t *values);
 int fake_slots(char *text, size_t size);
 int pv_swap_out(void *swap, uint64_t page, uint32_t count);
 int pv_swap_step(void *swap);
@@ -55,6 +60,8 @@ void pv_swap_look(void *swap, struct pv_swap_told *out);
 FULL = 105
 PUT, GET = CALLS.index("put"), CALLS.index("get")
 EXAMPLES = 24
+DISK, NOTHING = 64, (1 << 64) - 1
+"""Blocks that may be references; the value of one that is none."""
 RAW, LZ4, ZSTD = range(3)
 SLOT = {RAW: 4096, LZ4: 512, ZSTD: 512}
 NOISY = 1000
@@ -68,7 +75,7 @@ def lib(tmp_path_factory):
             compile_engine(
                 tmp_path_factory.mktemp("fake"),
                 others=("checksum", "codec", "digest"),
-                sources=(*SOURCES, "swap", "swap_slots", "swap_in", "swap_out", "swap_thread"),
+                sources=(*SOURCES, "swap", "swap_slots", "swap_in", "swap_out", "swap_refs", "swap_thread"),
                 replaced=(*REPLACED, "preadv", "pwritev", "fallocate"),
                 fake="fake_swap.c",
             )
@@ -225,15 +232,119 @@ class Swapping(RuleBasedStateMachine):
         assert [(page, found[page], was) for page, was in enumerate(self.model) if found[page] != was][:5] == []
 
 
-def test_no_failure_loses_a_byte(lib):
-    class Machine(Swapping):
+FEW = 12
+few = st.integers(0, FEW - 1)
+
+
+class Referring(RuleBasedStateMachine):
+    """Few pages, blocks of a disk that refer to them, a file of few slots: each is held, given up, written again."""
+
+    lib = None
+
+    @initialize(slots=st.sampled_from([FEW, 2 * FEW, 4 * FEW]), codec=st.sampled_from([RAW, RAW, LZ4]))
+    def begin(self, slots, codec):
+        self.lib.fake_scans(1)
+        self.engine = self.lib.fake_open(PAGES, 1 << 63, MOVE)
+        self.swap = self.lib.fake_swap_open(self.engine, slots * (1 if codec == RAW else 4), codec)
+        self.model, self.disk = [0] * FEW, [None] * DISK
+        self.go_out(0, FEW, 1, True)
+
+    def teardown(self):
+        if not hasattr(self, "engine"):
+            return
+        try:
+            self.lib.fake_clear()
+            assert self.lib.pv_engine_install(self.engine, 0, PAGES) == 0
+            self.right()
+            self.lib.fake_unrefer(0, DISK)
+            self.disk = [None] * DISK
+            self.right()
+            told = look(self.lib, self.swap)
+            assert (told.held, told.references, told.live) == (0, 0, 0)
+        finally:
+            self.lib.fake_swap_close()
+
+    @rule(first=few, count=st.integers(1, FEW), value=values, written=st.booleans())
+    def go_out(self, first, count, value, written):
+        """As they are, or changed before, each to something else."""
+        count = min(count, FEW - first)
+        for page in range(first, first + count if written else first):
+            one = value + page if 0 < value < NOISY else value
+            if self.lib.guest_write(self.engine, page, one) == 0:
+                self.model[page] = one
+        self.lib.pv_swap_out(self.swap, first, count)
+        while look(self.lib, self.swap).queued:
+            pending = self.lib.fake_pending()
+            result = self.lib.pv_swap_step(self.swap)
+            assert result >= 0 or pending or result == -FULL
+
+    @rule(page=few, count=st.integers(1, FEW))
+    def come_back(self, page, count):
+        self.lib.pv_engine_install(self.engine, page, min(count, FEW - page))
+
+    @rule(block=few, page=few, count=st.integers(1, FEW))
+    def refer(self, block, page, count):
+        """The guest writes pages to its disk."""
+        count = min(count, FEW - page)
+        became = self.lib.fake_refer(block, page, count)
+        for i in range(count):
+            if became >> i & 1:
+                self.disk[block + i] = self.model[page + i]
+
+    @rule(block=few, count=st.integers(1, 3))
+    def unrefer(self, block, count):
+        self.lib.fake_unrefer(block, count)
+        self.disk[block : block + count] = [None] * count
+
+    @rule(block=few, other=few)
+    def copy_ref(self, block, other):
+        self.lib.fake_copy_ref(block, other)
+        self.disk[other] = self.disk[block]
+
+    @rule(
+        call=st.sampled_from([PUT, GET]),
+        skip=st.integers(0, 3),
+        part=st.sampled_from([0, 0, 1, 4096, 5000]),
+        times=st.sampled_from([1, 2, 500]),
+    )
+    def inject(self, call, skip, part, times):
+        self.lib.fake_inject(call, skip, part, errno.EIO, times)
+
+    @rule()
+    def clear(self):
+        self.lib.fake_clear()
+
+    @rule()
+    def punch(self):
+        self.lib.pv_swap_punch(self.swap)
+
+    @invariant()
+    def right(self):
+        if not hasattr(self, "engine"):
+            return
+        assert wrong(self.lib, self.engine) == ""
+        found = ffi.new("uint64_t[]", PAGES)
+        self.lib.fake_values(self.engine, found)
+        assert list(found)[:FEW] == self.model
+        pending, found = self.lib.fake_pending(), ffi.new("uint64_t[]", DISK)
+        error = self.lib.fake_read_refs(found)
+        assert error == 0 or (error < 0 and pending)
+        assert list(found) == [NOTHING if each is None or error else each for each in self.disk]
+
+
+@pytest.mark.parametrize("kind", [Swapping, Referring])
+def test_no_failure_loses_a_byte(lib, kind):
+    class Machine(kind):
         pass
 
     Machine.lib = lib
     run_state_machine_as_test(
         Machine,
         settings=settings(
-            max_examples=EXAMPLES, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=EXAMPLES * (2 if kind is Referring else 1),
+            stateful_step_count=25,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
         ),
     )
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from typing import Protocol
 
     from pyvmm.devices.virtio.queue import Buffers, Chain, Queue
+    from pyvmm.state import State
 
     class Backend(Protocol):
         """What keeps the sectors. All but `sectors` to `id` are called on the device's worker; ranges are within
@@ -41,6 +42,15 @@ if TYPE_CHECKING:
 
         def activate(self) -> None:
             """From now on the guest may read and write here. Raises BadInput where somebody else does."""
+
+        def figures(self) -> dict[str, int]:
+            """Counts of its own."""
+
+        def require_lasting(self) -> None:
+            """Raises BadInput where what the guest wrote is gone with this process."""
+
+        def settle(self) -> None:
+            """The VM's state is saved: what was written is to be in the file. Raises BadInput, HostError."""
 
         def release(self) -> None:
             """Another process may read and write, until activate()."""
@@ -202,6 +212,21 @@ class Block(Model):
             if count:
                 found.append((first, count, bool(given & UNMAP)))
         return found
+
+    @property
+    def backend(self) -> Backend:
+        """Where the sectors are."""
+        return self._backend
+
+    def figures(self) -> dict[str, int]:
+        return self.counts | self._backend.figures()
+
+    def require_lasting(self) -> None:
+        self._backend.require_lasting()
+
+    def save(self) -> State:
+        self._backend.settle()
+        return super().save()
 
     def activate(self) -> None:
         self._backend.activate()

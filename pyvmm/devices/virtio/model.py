@@ -50,6 +50,13 @@ class Model:
     def release(self) -> None:
         """Another process may run the guest, until activate()."""
 
+    def figures(self) -> dict[str, int]:
+        """What it has done, by name: for people."""
+        return {}
+
+    def require_lasting(self) -> None:
+        """Raises BadInput where a part of it is gone with this process: such a VM can be neither saved nor moved."""
+
     def save(self) -> State:
         """What is not in the guest's memory."""
         return State(f"virtio-{self.name}", 1, {})

@@ -67,7 +67,7 @@ class Buffers(Record):
         """A copy of all bytes. Raises FetchError."""
         return b"".join(self.memory.read(Gpa(start), size) for start, size in self.parts)
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: bytes | memoryview) -> int:
         """Puts `data` at the start, as much as fits; returns how much. Raises FetchError."""
         done = 0
         for start, size in self.parts:

@@ -79,17 +79,22 @@ class RawFile:
         offset = sector * SECTOR
         for at in range(0, into.size, PIECE):
             part = into.part(at, PIECE)
-            data = os.pread(self._fd, part.size, offset + at)
-            if len(data) != part.size:
-                raise OSError(errno.EIO, "the file has become shorter")
-            part.write(data)
+            part.write(self.get(offset + at, part.size))
 
     def write(self, sector: int, source: Buffers) -> None:
         offset = sector * SECTOR
         for at in range(0, source.size, PIECE):
-            self._put(source.part(at, PIECE).read(), offset + at)
+            self.put(source.part(at, PIECE).read(), offset + at)
 
-    def _put(self, data: bytes, offset: int) -> None:
+    def get(self, offset: int, size: int) -> bytes:
+        """`size` bytes of the file, by one read. Raises OSError."""
+        data = os.pread(self._fd, size, offset)
+        if len(data) != size:
+            raise OSError(errno.EIO, "the file has become shorter")
+        return data
+
+    def put(self, data: bytes | bytearray | memoryview, offset: int) -> None:
+        """The other way round."""
         rest = memoryview(data)
         while rest:
             done = os.pwrite(self._fd, rest, offset)
@@ -105,6 +110,15 @@ class RawFile:
             self._unsure = True
             raise
 
+    def figures(self) -> dict[str, int]:
+        return {}
+
+    def require_lasting(self) -> None:
+        pass
+
+    def settle(self) -> None:
+        pass
+
     def discard(self, sector: int, count: int) -> None:
         self._clear(lib.PV_FILE_HOLE, sector, count)  # where that cannot be, they stay as they are
 
@@ -112,7 +126,7 @@ class RawFile:
         if not self._clear(lib.PV_FILE_HOLE if unmap else lib.PV_FILE_ZEROS, sector, count):
             zeros = bytes(min(PIECE, count * SECTOR))
             for at in range(0, count * SECTOR, PIECE):
-                self._put(zeros[: count * SECTOR - at], sector * SECTOR + at)
+                self.put(zeros[: count * SECTOR - at], sector * SECTOR + at)
 
     def _clear(self, how: int, sector: int, count: int) -> bool:
         result = lib.pv_clear_file(self._fd, how, sector * SECTOR, count * SECTOR)

@@ -42,10 +42,32 @@ def _block(rest: str, output: Callable[[bytes], None]) -> Model:
     return Block(RawFile(path, read_only=path != rest))
 
 
+def _swap_disk(rest: str, output: Callable[[bytes], None]) -> Model:
+    from pyvmm.devices.virtio.block import Block
+    from pyvmm.devices.virtio.swapdisk import make
+
+    what, *options = rest.split(",")
+    mode, durable = "replace", False
+    for option in options:
+        key, _, value = option.partition("=")
+        if key == "mode":
+            mode = value
+        elif option in ("durable", "volatile"):
+            durable = option == "durable"
+        else:
+            raise BadInput(
+                f"swap disk {rest!r}: {option!r} is none of mode=naive|references|replace, durable, volatile"
+            )
+    if not what:
+        raise BadInput("device 'swapdisk': give swapdisk:SIZE or swapdisk:FILE")
+    return Block(make(what, mode, durable))
+
+
 KINDS: dict[str, Callable[[str, Callable[[bytes], None]], Model]] = {
     "rng": _rng,
     "console": _console,
     "block": _block,
+    "swapdisk": _swap_disk,
 }
 
 

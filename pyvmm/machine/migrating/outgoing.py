@@ -91,6 +91,7 @@ class Outgoing(Session):
             raise BadInput(f"{self.address}: TLS is for tcp")
         if not vm.started or vm.paused or vm.ended:
             raise LifecycleError("only a running guest moves: start() or resume() it, or save a snapshot")
+        vm.require_lasting()
         self._vm = vm
         self._mode = mode
         self._channels = channels
