@@ -2,7 +2,7 @@
 """The guest hotcold, watched in turn by activity sampling, by what one would do without it, and not at all.
 
 Truth is the guest's own: it counts in a table what it writes to each page. Work: a second, without the time in which
-other programs had its CPU, over that of the stretch just before in which nobody watched it.
+other programs had its CPU, over that of the stretches just before and after in which nobody watched it.
 """
 
 from __future__ import annotations
@@ -190,8 +190,9 @@ def _one(found: Collected, name: str, vm: VM, side: type[Found], size: Size) -> 
     first = vm.memory.block_of(Gpa(vm.progress().region_gpa))
     large, before = vm.memory.large_blocks(), _counts(vm)
     for _ in range(size.pairs):
-        alone = _rate(vm, size.seconds / 2)
+        before_it = _rate(vm, size.seconds / 2)
         watched = _rate(vm, size.seconds, watching.watched)
+        alone = (before_it + _rate(vm, size.seconds / 2)) / 2
         found.add("the guest's work, of that while nobody watches", name, "%", 100 * watched / alone)
     after = _counts(vm)
     hot = {first + page // BLOCK_PAGES for page in range(len(after)) if after[page] != before[page]}
