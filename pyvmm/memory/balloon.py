@@ -1,5 +1,5 @@
-# balloon.py: pages that a guest gives up, and takes back. Units: pages of 4 KiB, by their place in RAM; frames: pages by
-# their guest-physical address.
+# balloon.py: pages that a guest gives up, and takes back. Units: pages of 4 KiB by their place in RAM; frames, which are
+# pages by their guest-physical address.
 """`change()`: pages leave memory without a copy, or may be touched again. `runs_of()`: from frames to pages."""
 
 from __future__ import annotations

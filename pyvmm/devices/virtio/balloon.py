@@ -124,6 +124,7 @@ class Balloon(Model):
         with self._news:
             self._question, self._classes = list(frames), None
             self._number = number = self._number % 0xFFFF_FFFF + 1
+            self._news.notify_all()  # who asked before gives up
             self.kick()
             self._news.wait_for(lambda: self._classes is not None or self._number != number, timeout)
             found = self._classes if self._number == number else None
