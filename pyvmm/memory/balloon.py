@@ -1,4 +1,4 @@
-# balloon.py: pages that a guest gives up, and takes back. Units: pages of 4 KiB by their place in RAM; frames, which are
+# balloon.py: pages that a guest gives up, and takes back. Units: pages of 4 KiB by their place in RAM; frames are
 # pages by their guest-physical address.
 """`change()`: pages leave memory without a copy, or may be touched again. `runs_of()`: from frames to pages."""
 

@@ -1,5 +1,5 @@
 # classes_model.py: what the guest `classes` (guest/classes.c) has in its memory, and of which class; for tests.
-# Pages are numbered from the guest's first, which progress.region_gpa is; the table of them lies in front, from 2 MiB on.
+# Pages are numbered from the guest's first, which progress.region_gpa is; their table lies in front, from 2 MiB on.
 """`Classes`: is every page as it must be? How many are of each class, and what is each?"""
 
 from __future__ import annotations
@@ -26,9 +26,7 @@ class Classes:
     """A guest `classes` that stands still. kinds, ids, versions: of each of its pages, by its table; heap, cache, hot:
     its options. Raises StateError where the guest is another one or has not started."""
 
-    def __init__(
-        self, memory: GuestMemory, progress: Progress, heap: int = 25, cache: int = 40, hot: int = 25
-    ) -> None:
+    def __init__(self, memory: GuestMemory, progress: Progress, heap: int = 25, cache: int = 40, hot: int = 25) -> None:
         import numpy as np
 
         if progress.guest != "classes" or progress.status == "booting":
