@@ -36,8 +36,8 @@ class Classes:
         self.first = memory.page_of(Gpa(progress.region_gpa))
         """The number in RAM of its page 0."""
         table = np.frombuffer(memory.read(_START, 8 * self.pages), np.uint32).reshape(-1, 2)
-        self.kinds: NDArray[np.uint32] = table[:, 0] >> 28
-        self.ids: NDArray[np.uint32] = table[:, 0] & 0xFFFFFFF
+        self.kinds: NDArray[np.uint32] = table[:, 0] >> np.uint32(28)
+        self.ids: NDArray[np.uint32] = table[:, 0] & np.uint32(0xFFFFFFF)
         self.versions: NDArray[np.int64] = table[:, 1].astype(np.int64)
         self._hot_heap = self.pages * heap // 100 * hot // 100
         self._hot_files = self.pages * cache // 100 * hot // 100

@@ -86,8 +86,9 @@ class Balloon(Model):
     def target(self, target: int) -> None:
         if not 0 <= target <= self._memory.size:
             raise BadInput(f"a balloon of {format_size(target)}: the VM has {format_size(self._memory.size)}")
-        self._target = target // PAGE_SIZE
-        self.config_changed()
+        if self._target != target // PAGE_SIZE:
+            self._target = target // PAGE_SIZE
+            self.config_changed()
 
     @property
     def actual(self) -> int:
