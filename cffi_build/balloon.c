@@ -30,9 +30,10 @@ void balloon_settle(struct pv_engine *engine, uint64_t block)
         if (found == PV_BLOCK_PAGES) /* nothing is there, but a page table may be: the kernel frees it (since 6.14) */
             (void)madvise(ram_at(engine, block * PV_BLOCK_PAGES), PV_BLOCK, MADV_DONTNEED);
     }
+    if (found || !block_away(engine, block))
+        block_flags(engine, block, 0, PV_BLOCK_UNITS | PV_BLOCK_TOUCHED | PV_BLOCK_ASIDE_LARGE);
     if (found) /* nothing is left of it: it comes anew, as a large page if it may */
-        block_flags(engine, block, 0, PV_BLOCK_UNITS | PV_BLOCK_TOUCHED | PV_BLOCK_PIECES | PV_BLOCK_ASIDE_LARGE |
-                                          (ours || !(flags & PV_BLOCK_SMALL) ? PV_BLOCK_BROKEN : 0));
+        block_flags(engine, block, 0, PV_BLOCK_PIECES | (ours || !(flags & PV_BLOCK_SMALL) ? PV_BLOCK_BROKEN : 0));
 }
 
 bool balloon_keeps(const struct pv_engine *engine, uint64_t block)
@@ -158,11 +159,14 @@ static int change(struct pv_engine *engine, uint64_t page, uint32_t count, int h
     else
         held = lock_unpinned(engine, block);
     if (held) {
-        if (how != PV_BALLOON_DEFLATE)
+        if (how != PV_BALLOON_DEFLATE) {
             drop(engine, page, count, told);
-        if (how != PV_BALLOON_INFLATE)
+            balloon_settle(engine, block);
+        }
+        if (how != PV_BALLOON_INFLATE) {
             release(engine, page, count, told);
-        balloon_settle(engine, block);
+            balloon_settle(engine, block);
+        }
         block_unlock(engine, block);
     } else {
         told->stayed += count;
