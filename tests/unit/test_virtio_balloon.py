@@ -57,7 +57,7 @@ def there(driver):
 
 
 def balanced(driver):
-    assert imbalances(driver.memory) == []
+    driver.until(lambda: not imbalances(driver.memory))  # the worker may still look at a ring
     assert driver.told == []
     assert driver.troubles == []
 
