@@ -250,7 +250,7 @@ class Engine(RuleBasedStateMachine):
 
     @rule(page=pages, count=st.one_of(counts, st.integers(1, PAGES)), how=st.sampled_from([0, 0, 0, 1, 2]))
     def balloon(self, page, count, how):
-        """The guest gives up pages, may use them again, or says that they are free: all of them are zeros, or stayed."""
+        """The guest gives up pages, may use them again, or says that they are free: all are zeros, or stayed."""
         runs, told = ffi.new("struct pv_run_pages[1]"), ffi.new("struct pv_balloon_told *")
         runs[0].first, runs[0].count = page, min(count, PAGES - page)
         pending = self.lib.fake_pending()
