@@ -12,7 +12,7 @@ static int split_locked(struct pv_engine *engine, uint64_t block)
     uint8_t *start = ram_at(engine, block * PV_BLOCK_PAGES);
     if (madvise(start + PV_PAGE, PV_BLOCK - PV_PAGE, MADV_NOHUGEPAGE) || madvise(start, PV_BLOCK, MADV_NOHUGEPAGE))
         return -errno;
-    block_flags(engine, block, PV_BLOCK_SMALL, 0);
+    block_flags(engine, block, PV_BLOCK_SMALL, PV_BLOCK_BALLOONED);
     return 0;
 }
 
@@ -143,8 +143,9 @@ static int merge_locked(struct pv_engine *engine, uint64_t block)
     if (madvise(start, PV_BLOCK, MADV_HUGEPAGE))
         return -errno;
     int error = look_at(engine, start, PV_BLOCK_PAGES, &seen);
-    uint32_t flags = (uint32_t)block_word(engine, block) & (PV_BLOCK_SMALL | PV_BLOCK_BROKEN);
-    block_flags(engine, block, 0, PV_BLOCK_SMALL | PV_BLOCK_BROKEN);
+    const uint32_t all = PV_BLOCK_SMALL | PV_BLOCK_BROKEN | PV_BLOCK_BALLOONED;
+    uint32_t flags = (uint32_t)block_word(engine, block) & all;
+    block_flags(engine, block, 0, all);
     if (!error && (seen.large < PV_BLOCK_PAGES || !engine->scans))
         error = make_large(engine, block * PV_BLOCK_PAGES);
     if (error) {

@@ -17,7 +17,7 @@ ROOT = HERE.parent
 SOURCES = (
     "run.c", "map.c", "sys.c", "bits.c", "ring.c", "bare.c", "measure.c",
     "engine.c", "pagemap.c", "uffd.c", "fault.c", "install.c", "remove.c", "assign.c", "blocks.c", "unit.c", "coarse.c",
-    "limit.c",
+    "limit.c", "balloon.c",
     "sample.c",
     "scan.c", "sharing.c",
     "live.c", "live_block.c", "live_drain.c", "filehome.c",

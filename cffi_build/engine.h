@@ -37,6 +37,7 @@
 #define PV_BLOCK_UNITS (1u << 6)          /* some of its pages are, or were, in a home that gathers */
 #define PV_BLOCK_TOUCHED (1u << 7)        /* and one such page has been touched */
 #define PV_BLOCK_PIECES (1u << 10)        /* wholly gone, for want of memory: touches bring parts of it, until it is dense */
+#define PV_BLOCK_BALLOONED (1u << 11)     /* SMALL only because the guest has given up a part of it: balloon.c */
 #define PV_BLOCK_SAMPLED (1u << 8)        /* aside as one large page; those PRESENT are copies of it: sample.c */
 #define PV_BLOCK_MERGEABLE (1u << 9)      /* the kernel may merge its pages with equal ones (KSM) */
 #define PV_BLOCK_AWAY_SHIFT 16            /* pages away, 0 to 512: 10 bits */
@@ -189,6 +190,22 @@ uint64_t *pv_engine_blocks(struct pv_engine *engine);
 int pv_engine_remove(struct pv_engine *engine, uint64_t page, uint32_t count, int what) PV_CHECKED;
 /* Runs of pages aside, each within one block; those in use stay. How many went, or -errno. */
 int pv_engine_remove_runs(struct pv_engine *engine, const struct pv_run_pages *runs, uint64_t count) PV_CHECKED;
+/* ---- balloon.c ---- */
+
+/* What becomes of pages, for pv_balloon. Nothing is brought, and no content is kept. */
+#define PV_BALLOON_INFLATE 0 /* the guest has given them up: home BALLOON */
+#define PV_BALLOON_DEFLATE 1 /* it may use them again: those in that home are as if nobody had touched them */
+#define PV_BALLOON_FREE 2    /* both: it keeps them, and has nothing in them now */
+
+struct pv_balloon_told {
+    uint64_t gone, back; /* pages */
+    uint64_t stayed;     /* pages that are in use by the host, or that the kernel would not give up */
+    uint64_t blocks;     /* of 2 MiB that went whole */
+};
+/* Ballooned pages stay in that home while others of their block come. 0 or -errno; *told is added to. */
+int pv_balloon(struct pv_engine *engine, const struct pv_run_pages *runs, uint64_t count, int how,
+               struct pv_balloon_told *told) PV_CHECKED;
+
 /* From ASIDE to another home; returns how many pages went, or -errno: what was not stored is still ASIDE. One block. */
 int pv_engine_store(struct pv_engine *engine, uint64_t page, uint32_t count, uint32_t home) PV_CHECKED;
 /* Gives pages that nobody has touched yet a home from which they will come. All of them must be unpopulated and

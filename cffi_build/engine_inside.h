@@ -233,6 +233,13 @@ int bring_untouched(struct pv_engine *engine, uint64_t page, bool written);
 int take_out(struct pv_engine *engine, uint64_t page, uint32_t count);
 void count_op(struct pv_engine *engine, int op, uint64_t since, int result);
 
+/* ---- balloon.c: under the block's lock ---- */
+
+/* After pages have come to the home BALLOON, or left it: by which pages does the block come back? */
+void balloon_settle(struct pv_engine *engine, uint64_t block);
+/* Is any page of it there? Who fills all of RAM leaves it. */
+bool balloon_keeps(const struct pv_engine *engine, uint64_t block);
+
 /* ---- unit.c: how much comes together ---- */
 
 /* Others of a unit, which are in other blocks than the one that is locked. */

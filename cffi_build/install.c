@@ -94,6 +94,8 @@ void now_present(struct pv_engine *engine, uint64_t page, uint32_t count, bool m
     }
     bool all = !block_away(engine, page / PV_BLOCK_PAGES);
     block_flags(engine, page / PV_BLOCK_PAGES, 0, PV_BLOCK_ASIDE_LARGE | (all ? PV_BLOCK_UNITS | PV_BLOCK_TOUCHED : 0));
+    if (all && block_word(engine, page / PV_BLOCK_PAGES) & PV_BLOCK_BALLOONED)
+        balloon_settle(engine, page / PV_BLOCK_PAGES);
     if (away) {
         span_release(engine, page, away, false);
         limit_grown(engine);

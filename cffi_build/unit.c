@@ -227,13 +227,29 @@ int pv_engine_prefetch(struct pv_engine *engine, const uint64_t *pages, uint64_t
     return 0;
 }
 
+/* What is away of a part of a block, but for what the guest has given up. */
+static int bring_rest(struct pv_engine *engine, uint64_t page, uint32_t count)
+{
+    int answer = 0;
+    if (!balloon_keeps(engine, page / PV_BLOCK_PAGES))
+        return bring(engine, page, count);
+    for (uint32_t i = 0, run; answer >= 0 && i < count; i += run) {
+        bool given = page_home(engine, page + i) == PV_HOME_BALLOON;
+        for (run = 1; i + run < count && (page_home(engine, page + i + run) == PV_HOME_BALLOON) == given; run++)
+            ;
+        answer = given ? 0 : bring_units(engine, page + i, run);
+    }
+    return answer;
+}
+
 /* Has what cannot be brought told as if it had been touched: the VM is paused, and pv_engine_retry clears it. */
 static int fill_block(struct pv_engine *engine, uint64_t page, uint32_t count)
 {
     uint64_t block = page / PV_BLOCK_PAGES;
     block_lock(engine, block);
-    int answer = block_away(engine, block) ? bring(engine, page, count) : 0;
-    while (answer < 0 && count && page_home(engine, page) == PV_HOME_PRESENT) {
+    int answer = block_away(engine, block) ? bring_rest(engine, page, count) : 0;
+    while (answer < 0 && count &&
+           (page_home(engine, page) == PV_HOME_PRESENT || page_home(engine, page) == PV_HOME_BALLOON)) {
         page++;
         count--;
     }

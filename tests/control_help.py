@@ -76,6 +76,7 @@ class FakeVm:
     def __init__(self):
         self.memory = SimpleNamespace(size=64 << 20, hugetlb=False, pages=self._pages, engine=self)
         self.vcpus = [None, None]
+        self.balloon = None
         self.started, self.ended, self.paused = True, False, False
         self.asked = Counter()
         self.stopped = None

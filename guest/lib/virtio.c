@@ -90,6 +90,11 @@ bool virtq_begin(const struct virtio *device, struct virtq *queue, unsigned inde
     return virtio_get(device, QUEUE_READY) == 1;
 }
 
+void virtio_acknowledge(const struct virtio *device)
+{
+    virtio_set(device, INTERRUPT_ACK, virtio_get(device, INTERRUPT_STATUS));
+}
+
 void virtio_drive(const struct virtio *device)
 {
     virtio_set(device, VIRTIO_STATUS, virtio_get(device, VIRTIO_STATUS) | DRIVER_OK);
@@ -150,7 +155,7 @@ int virtq_wait(const struct virtio *device, struct virtq *queue, uint32_t *writt
     for (;;) {
         uint64_t interrupted = device->vector ? interrupts[device->vector] : 0;
         if (device->vector) /* before the ring is looked at: what is answered after that raises the line anew */
-            virtio_set(device, INTERRUPT_ACK, virtio_get(device, INTERRUPT_STATUS));
+            virtio_acknowledge(device);
         __atomic_thread_fence(__ATOMIC_SEQ_CST); /* used_event is there before we look whether there is an answer */
         int head = virtq_answer(device, queue, written);
         if (head >= 0)

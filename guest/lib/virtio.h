@@ -78,6 +78,8 @@ uint64_t virtio_offered(const struct virtio *device);
 bool virtio_begin(struct virtio *device, uint64_t features, unsigned vector);
 /* Makes queue `index`, after virtio_begin(). False where the device refuses it. */
 bool virtq_begin(const struct virtio *device, struct virtq *queue, unsigned index);
+/* Takes the interrupt: its line falls. */
+void virtio_acknowledge(const struct virtio *device);
 void virtio_drive(const struct virtio *device); /* DRIVER_OK */
 /* Posts a request of up to 4 buffers; returns its head, or -1 where the queue is full. */
 int virtq_post(const struct virtio *device, struct virtq *queue, const struct virtio_buffer *buffers, unsigned count);

@@ -127,6 +127,7 @@ SNAPSHOT = (
 DEVICES = (
     Option("--rng", "a virtio device that gives random bytes", bool),
     Option("--virtio-console", "a virtio console: what is typed goes there, what it says comes here", bool),
+    Option("--balloon", "a virtio balloon, by which the guest gives up memory: `pyvmm balloon`", bool),
     Option("--disk", "a virtio disk: a file or block device, with ,ro to be read alone", metavar="FILE", repeated=True),
     Option(
         "--swap-disk",
@@ -271,6 +272,15 @@ COMMANDS = (
         ),
         Option("--policy", "who chooses what goes, if nobody does yet (see `pyvmm run --policy`)", metavar="NAME"),
         Option("--live", "show it again and again, until Ctrl-C", bool),
+        Option("--json", "one JSON object instead of a table", bool),
+    ),
+    Command(
+        "balloon",
+        "have a running guest, started with --control and --balloon, give up memory; show how it uses the rest",
+        "balloon",
+        _SOCKET,
+        Option("size", "so much in all, such as 64M; 0: nothing (default: as it is)", metavar="SIZE", optional=True),
+        Option("--wait", "end when it has got no further for so long (default 2)", float, 2.0, "SECONDS"),
         Option("--json", "one JSON object instead of a table", bool),
     ),
     Command(

@@ -277,10 +277,10 @@ def check_seconds(option: str, seconds: float) -> None:
 
 
 def devices_of(args: Arguments) -> list[str]:
-    """What --rng, --virtio-console, --disk and --swap-disk ask for, as VM() takes it."""
+    """What --rng, --virtio-console, --balloon, --disk and --swap-disk ask for, as VM() takes it."""
     disks = [f"block:{disk}" for disk in args.disk]
     disks += [f"swapdisk:{disk}" for disk in args.swap_disk]
-    return ["rng"] * args.rng + ["console"] * args.virtio_console + disks
+    return ["rng"] * args.rng + ["console"] * args.virtio_console + ["balloon"] * args.balloon + disks
 
 
 def _append(args: Arguments, devices: int) -> str:

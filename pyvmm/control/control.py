@@ -42,6 +42,7 @@ class Control:
         self._handlers: dict[str, Callable[[dict[str, Any], Reply], None]] = {
             "status": self._status,
             "swap": self._swap,
+            "balloon": self._balloon,
             "migrate": self._migrate,
             "cancel": self._cancel,
             "abandon": self._abandon,
@@ -97,6 +98,16 @@ class Control:
 
         change(self._vm.memory, arguments["target"], arguments["policy"], arguments["off"], arguments["wait"])
         reply.result(figures(self._vm.memory))
+
+    def _balloon(self, arguments: dict[str, Any], reply: Reply) -> None:
+        from pyvmm.control.ballooning import change, figures
+
+        if arguments["target"] is None:
+            change(self._vm, None)
+        else:
+            with self.moving.apart():  # else it might be set here when the guest is there
+                change(self._vm, arguments["target"])
+        reply.result(figures(self._vm))
 
     def _pause(self, arguments: dict[str, Any], reply: Reply) -> None:
         with self.moving.apart():

@@ -7,6 +7,7 @@ import os
 
 from pyvmm import __version__
 from pyvmm._native import lib
+from pyvmm.control import ballooning
 from pyvmm.errors import PyvmmError
 from pyvmm.layout import PAGE_SIZE
 
@@ -33,6 +34,7 @@ def status(vm: VM, moving: Moving) -> dict[str, object]:
         "progress": None if _is_far(vm, counts) else _progress(vm),
         "pages": None if counts is None else _pages(counts),
         "mappings": vm.mappings(),
+        "balloon": None if vm.balloon is None else ballooning.short(vm.balloon),
         "migration": _migration(moving),
     }
 

@@ -77,6 +77,7 @@ COMMANDS: dict[str, tuple[Argument, ...]] = {
         Argument("off", bool, False),
         Argument("wait", bool, True),
     ),
+    "balloon": (Argument("target", int),),
     "migrate": (
         Argument("to", str, required=True),
         Argument("mode", str, "precopy", choices=MODES),

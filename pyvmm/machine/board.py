@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from pyvmm._native import CData
     from pyvmm.bus import Device
+    from pyvmm.devices.virtio.balloon import Balloon
     from pyvmm.devices.virtio.mmio import Mmio
     from pyvmm.memory import GuestMemory
 
@@ -62,6 +63,7 @@ class Board:
         self.mmio = Bus("MMIO", 64)
         self.devices: dict[str, Device] = {}
         self.virtio: list[Mmio] = []
+        self.balloon: Balloon | None = None
         for name, base, length, build in PORT_DEVICES:
             self.devices[name] = device = build(wires)
             self.ports.attach(base, length, device)
@@ -79,9 +81,13 @@ class Board:
 
         if slot >= lib.PV_VIRTIO_SLOTS:
             raise BadInput(f"device {spec!r} is one too many: a VM takes {lib.PV_VIRTIO_SLOTS} virtio devices")
+        if spec == "balloon" and self.balloon is not None:
+            raise BadInput("a second balloon: a VM takes one")
         model = specs.make(spec, wires.output)
         device = mmio.Mmio(slot, model, wires.memory, wires.irq(specs.irq_of(slot)), wires.on_trouble)
         self.virtio.append(device)
+        if model.name == "balloon":
+            self.balloon = model  # type: ignore[assignment]  # its name says what it is
         self.devices[device.kind] = device
         self.mmio.attach(lib.PV_VIRTIO_GPA + slot * lib.PV_VIRTIO_STEP, mmio.LENGTH, device)
 

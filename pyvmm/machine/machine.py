@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from typing import Self, Unpack
 
     from pyvmm.devices.serial import Serial
+    from pyvmm.devices.virtio.balloon import Balloon
     from pyvmm.devices.virtio.mmio import Mmio
     from pyvmm.errors import PyvmmError
     from pyvmm.machine.incremental import Base
@@ -51,7 +52,8 @@ class VM:
     memory: size of RAM, bytes or "256M"; cpus: vCPUs, 1 to 64; pages, hugetlb: see GuestMemory;
     output: called with what the guest prints (bytes), on a vCPU's thread; without one it is kept in `printed`;
     dirty_ring: entries of each vCPU's dirty ring, a power of two, for trace("ring"), which then is the only tracker;
-    devices: virtio devices in the order of their addresses, such as "rng", "console", "block:FILE", "block:FILE,ro".
+    devices: virtio devices in the order of their addresses, such as "rng", "console", "balloon", "block:FILE" or
+    "block:FILE,ro".
     Raises BadInput for values that cannot be, HostError where the host cannot.
     """
 
@@ -295,6 +297,11 @@ class VM:
     def virtio(self) -> list[Mmio]:
         """The virtio devices, in the order of their addresses; the `model` of each is what kind it is."""
         return self._board.virtio
+
+    @property
+    def balloon(self) -> Balloon | None:
+        """The balloon by which the guest gives up memory, where the VM has one."""
+        return self._board.balloon
 
     @property
     def printed(self) -> str:

@@ -167,6 +167,7 @@ def _write(
     holds = bytes([_HOLDS | _LARGE]) * -(-pages // _BLOCK_PAGES) if memory.hugetlb else memory.engine.holds()
     changed = None if what is None else what.changed
     left = PageSet(pages, _held(holds, pages) if changed is None else changed)
+    blank = PageSet(pages) if memory.hugetlb else left.take_common(memory.engine.at_home("balloon"))
     first = [run for page, count in hot for run in left.take(page, count)]
     rest = left.runs()
     done, total = 0, (rest.pages + sum(count for _, count in first)) * PAGE_SIZE
@@ -179,6 +180,9 @@ def _write(
                 if progress is not None:
                     progress(done, total)
             writer.end_block()
+        for page, count in _steps(blank.runs() if what is not None else ()):
+            # Zeros, which a parent may have otherwise. To read them would bring what the guest has given up.
+            writer.add_pages([(page, count)], bytes(count * PAGE_SIZE))
         writer.finish(state, (block for block, held in enumerate(holds) if held & _LARGE))
         if what is not None:
             what.saved(writer.id)

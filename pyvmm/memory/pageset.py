@@ -58,6 +58,13 @@ class PageSet:
         lib.pv_bits_and_not(self.bits, other.bits, words_for(self.pages))
         return self
 
+    def take_common(self, other: PageSet) -> PageSet:
+        """Removes what is in another set of as many pages; returns what that was."""
+        before = PageSet(self.pages)
+        before.add_bits(self.bits)
+        self.remove(other)
+        return before.remove(self)
+
     def complement(self) -> PageSet:
         """A set of the pages that are not in this one."""
         return PageSet(self.pages, [(0, self.pages)]).remove(self)

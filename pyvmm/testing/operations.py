@@ -13,6 +13,7 @@ from collections import Counter, deque
 from pyvmm._native import ffi, lib
 from pyvmm.errors import HostError, PyvmmError, check
 from pyvmm.layout import BLOCK_SIZE, PAGE_SIZE, Gpa
+from pyvmm.memory import balloon
 from pyvmm.memory.trace.coarse import Coarse
 from pyvmm.record import Record
 from pyvmm.testing.shelves import Store, Swapped
@@ -227,6 +228,24 @@ class Subject:
         self.written[operation.page] = data
         self.memory.write(self.gpa(operation), data)
 
+    def give_up(self, operation: Operation) -> None:
+        """Gives up a few pages of the host's, as a guest would by its balloon, and maybe takes them back: zeros, unless
+        a view is held."""
+        last = self.pages - 1 - operation.page  # how many follow it
+        run = (operation.page, 1 + min(last, operation.value % 200))
+        how = (balloon.INFLATE, balloon.INFLATE, balloon.DEFLATE, balloon.FREE)[operation.value >> 16 & 3]
+        away = set(self.engine.at_home("balloon").take(*run))
+        held = {page for first, count in self.memory.written_views() for page in range(first, first + count)}
+        told = balloon.change(self.memory, [run], how)
+        if how == balloon.DEFLATE or told.stayed:
+            return
+        if held & set(range(run[0], run[0] + run[1])):
+            raise Wrong(f"pages {run} were given up, of which a view is held")
+        if how == balloon.INFLATE and not away and told.gone != run[1]:
+            raise Wrong(f"{told.gone} of {run[1]} pages were given up")
+        for page in range(run[0], run[0] + run[1]):
+            self.written[page] = bytes(PAGE_SIZE)
+
     def put_away(self, operation: Operation) -> None:
         """Removes pages, and has those stored that the guest has not fetched back meanwhile."""
         self.store.put_away(operation.page, operation.count)
@@ -398,6 +417,7 @@ KINDS = {
     "trace": Kind(3, "none", Subject.trace, here=True),
     "limit": Kind(1, "none", lambda s, o: s.store.limit(o.value)),
     "snapshot": Kind(0.2, "none", _snapshot, here=True),
+    "balloon": Kind(2, "scratch", Subject.give_up, here=True),
     "sample": Kind(4, "block", Subject.sample),
     "migrate": Kind(0.4, "none", _migrate),
 }  # fmt: skip

@@ -10,11 +10,14 @@ import struct
 from checks import one_line
 
 from pyvmm.devices.virtio import mmio
+from pyvmm.devices.virtio.balloon import Balloon
 from pyvmm.devices.virtio.block import Block
 from pyvmm.devices.virtio.console import VirtioConsole
 from pyvmm.devices.virtio.mmio import Mmio
+from pyvmm.devices.virtio.model import Model
 from pyvmm.devices.virtio.queue import Buffers
 from pyvmm.devices.virtio.rng import Rng
+from pyvmm.host import has
 from pyvmm.layout import Gpa
 from pyvmm.memory import GuestMemory
 
@@ -25,6 +28,8 @@ SECTORS = 64
 SET, GET, PUT, HALF, SERVE, MOVE, FEED = range(7)
 """Writes c to register a; reads it; writes b and c to memory at a; writes half of c there; the device serves what there
 is; its state goes into another one; the host types."""
+KINDS = 4 if has("uffd_guest") else 3
+"""Of devices: the balloon takes pages away, which not every host can."""
 BURST = 600
 """Requests that are served in one go: more than a ring can hold."""
 
@@ -82,7 +87,7 @@ class Line:
 
 
 def _make(kind: int, memory: GuestMemory, backend: Sectors, line: Line) -> Mmio:
-    model = (Rng(seed=1), VirtioConsole(lambda data: None), Block(backend))[kind % 3]  # type: ignore[arg-type]
+    model = (Rng(seed=1), VirtioConsole(lambda data: None), Block(backend), Balloon())[kind % KINDS]  # type: ignore[arg-type]
 
     def trouble(error: BaseException) -> None:
         raise error
@@ -126,14 +131,28 @@ def _do(device: Mmio, memory: GuestMemory, what: int, a: int, b: int, c: int) ->
         memory.write(Gpa(a % (RAM - 12)), struct.pack("<QI", b, c))
     elif what == HALF:
         memory.write(Gpa(a % (RAM - 2)), struct.pack("<H", c & 0xFFFF))
-    elif what == FEED and isinstance(device.model, VirtioConsole):
-        device.model.feed(bytes(a % 300))
+    elif what == FEED:
+        _feed(device.model, a)
     elif what == SERVE:
         for _ in range(BURST):
             if not device._step():
                 break
         else:
             raise AssertionError("requests without an end")
+
+
+def _feed(model: Model, a: int) -> None:
+    """What a host does by itself; of what a balloon says afterwards, all is within the memory."""
+    if isinstance(model, VirtioConsole):
+        model.feed(bytes(a % 300))
+    elif isinstance(model, Balloon):
+        model.target = a % (RAM + 1)
+        model.classify([a % 512, 3], timeout=0)
+        known = [size for size in model.classes(fresh=0).values() if size is not None]
+        assert all(size >= 0 for size in known), known
+        assert sum(known) <= RAM
+        assert 0 <= model.away <= RAM
+        assert 0 <= model.actual <= RAM
 
 
 # ---- for fuzzers ----
@@ -147,7 +166,7 @@ def step(what: int, a: int = 0, b: int = 0, c: int = 0) -> bytes:
 def repaired(data: bytes) -> bytes:
     """Whole steps, of a kind that there is, on addresses where something is."""
     data = data[:MAX_SIZE] or b"\0"
-    out = bytearray((data[0] % 3,))
+    out = bytearray((data[0] % KINDS,))
     whole = len(data) - 1 - (len(data) - 1) % STEP.size
     for what, a, b, c in STEP.iter_unpack(data[1 : 1 + whole]):
         most = {SET: mmio.LENGTH, GET: mmio.LENGTH, PUT: RAM - 12, HALF: RAM - 12}.get(what % 7, 1 << 32)

@@ -268,7 +268,7 @@ def _virtio(kind: int, features: int, requests: list[tuple]) -> bytes:
     for half in (0, 1):
         out += [step(SET, 0x24, c=half), step(SET, 0x20, c=features >> 32 * half & 0xFFFF_FFFF)]
     out.append(step(SET, 0x70, c=11))
-    for queue in range(2 if kind == 1 else 1):
+    for queue in range({1: 2, 3: 6}.get(kind, 1)):
         base = 0x10000 + 0x4000 * queue
         out += [step(SET, 0x30, c=queue), step(SET, 0x38, c=8), step(SET, 0x80, c=base)]
         out += [step(SET, 0x90, c=base + 0x1000), step(SET, 0xA0, c=base + 0x2000), step(SET, 0x44, c=1)]
@@ -298,6 +298,15 @@ def virtio() -> list[bytes]:
     for kind, sector, size in ((1, 3, 512), (0, 3, 512), (4, 0, 0), (8, 0, 20), (0, 63, 1024), (9, 0, 512)):
         data = [(0x31000, size, 0 if kind == 1 else 2)] if size else []
         found.append(_virtio(2, plain | 1 << 9, [(0, (0x30000, 16, 0, (kind, sector)), *data, (0x33000, 1, 2))]))
+    balloon = plain | 1 << 63 | 0x27
+    for queue, flags in ((0, 0), (1, 0), (4, 2), (3, 2), (5, 2)):
+        found.append(
+            _virtio(3, balloon, [(queue, (0x32000, 0x2000 if flags else 12, flags, (0x41 << 32 | 0x40, 0x1FF)))])
+        )
+    entry = (0xF005 | 0x2000 << 16, 0)
+    found.append(_virtio(3, balloon, [(2, (0x32000, 20, 0, entry, entry)), (2, (0x32000, 10, 0, entry))]))
+    answer = (0x32000, 10, 0, (2 << 32 | 1, 0x0105))
+    found.append(_virtio(3, balloon, [(5, (0x33000, 2000, 2)), (5, answer, (0x33000, 2000, 2))]))
     for kind in (11, 13):
         parts = ((0x30000, 16, 0, (kind, 0)), (0x31000, 16, 0, (5, 2)), (0x33000, 1, 2))
         found.append(_virtio(2, plain | 3 << 13, [(0, *parts)]))

@@ -124,7 +124,7 @@ FILES = {
 
 # arguments; what the one line says
 BAD = [
-    (["nosuch"], "no guest 'nosuch', and no such file; pyvmm's own guests: dice, dup, echo, faults, hello"),
+    (["nosuch"], "no guest 'nosuch', and no such file; pyvmm's own guests: classes, dice, dup, echo, faults"),
     (["./nosuch"], "./nosuch: No such file or directory"),
     (["."], ".: a directory, not a file"),
     (["/dev/zero"], "/dev/zero: not a regular file"),

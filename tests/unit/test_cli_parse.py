@@ -69,7 +69,7 @@ def test_a_plain_line_needs_no_argparse(argv):
     [
         (
             [],
-            "give a command: run, restore, pages, activity, snapshot, status, swap, migrate, receive, migration",
+            "give a command: run, restore, pages, activity, snapshot, status, swap, balloon, migrate, receive",
         ),
         (["fly"], "'fly'"),
         (["run"], "GUEST|FILE"),

@@ -62,6 +62,7 @@ def test_status_says_all(client):
             "homes": dict.fromkeys(("zero", "aside", "file", "swap", "peer", "balloon", "shared"), 0),
         },
         "mappings": {"pages_4k": 92, "pages_2m": 16, "pages_1g": 0},
+        "balloon": None,
         "migration": None,
     }  # fmt: skip
 

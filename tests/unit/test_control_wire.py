@@ -42,7 +42,7 @@ def test_a_whole_number_is_a_number():
         ({"id": 1, "do": 3}, "a request says what to do"),
         (
             {"id": 1, "do": "fly"},
-            'there is no command "fly": choose one of status, swap, migrate, cancel, abandon, pause',
+            'there is no command "fly": choose one of status, swap, balloon, migrate, cancel, abandon, pause',
         ),
         ({"id": 1, "do": "x" * 9999}, "there is no command"),
         ({"id": 1, "do": "status", "loud": 1}, 'status has no argument "loud": it takes none'),

@@ -27,6 +27,7 @@ SOURCES = (
     "limit",
     "sample",
     "sharing",
+    "balloon",
     "live",
     "live_block",
     "live_drain",
@@ -66,6 +67,10 @@ int pv_sample_begin(struct pv_engine *engine, uint64_t block, uint32_t limit);
 int pv_sample_look(struct pv_engine *engine, uint64_t block, struct pv_sample *out);
 int pv_sample_state(struct pv_engine *engine, uint64_t block);
 int pv_sample_end(struct pv_engine *engine, uint64_t block, int keep, struct pv_sample *out);
+struct pv_run_pages { uint64_t first, count; };
+struct pv_balloon_told { uint64_t gone, back, stayed, blocks; };
+int pv_balloon(struct pv_engine *engine, const struct pv_run_pages *runs, uint64_t count, int how,
+               struct pv_balloon_told *told);
 int pv_engine_share(struct pv_engine *engine, uint64_t block, int on);
 void fake_merge(uint64_t page, uint64_t count);
 void fake_merge_later(uint64_t page, uint64_t value);
@@ -242,6 +247,31 @@ class Engine(RuleBasedStateMachine):
         pending = self.lib.fake_pending()
         result = self.lib.pv_engine_fill(self.engine, block * BLOCK, self.within(block * BLOCK, BLOCK))
         assert result == 0 or (result < 0 and pending)
+
+    @rule(page=pages, count=st.one_of(counts, st.integers(1, PAGES)), how=st.sampled_from([0, 0, 0, 1, 2]))
+    def balloon(self, page, count, how):
+        """The guest gives up pages, may use them again, or says that they are free: all are zeros, or stayed."""
+        runs, told = ffi.new("struct pv_run_pages[1]"), ffi.new("struct pv_balloon_told *")
+        runs[0].first, runs[0].count = page, min(count, PAGES - page)
+        pending = self.lib.fake_pending()
+        result = self.lib.pv_balloon(self.engine, runs, 1, how, told)
+        assert result == 0 or (result < 0 and pending)
+        found = ffi.new("uint64_t[]", PAGES)
+        self.lib.fake_values(self.engine, found)
+        stayed = 0
+        for each in range(page, page + runs[0].count if how != 1 else page):
+            assert found[each] in (0, self.model[each])
+            if found[each]:
+                stayed += 1
+            elif self.model[each]:
+                self.model[each] = 0
+                self.written.add(each)
+        assert stayed <= told.stayed or result
+        assert not told.stayed or pending or self.pins
+
+    @rule(block=blocks, how=st.sampled_from([0, 0, 1, 2]))
+    def balloon_block(self, block, how):
+        self.balloon(block * BLOCK, BLOCK, how)
 
     @rule(block=blocks)
     def split(self, block):

@@ -80,7 +80,8 @@ class Mmio:
         self._next = 0
         self._forget()
         self._generation = 0
-        model.kick = self._worker.kick
+        model.kick, model.config_changed = self._worker.kick, self.config_changed
+        model.attach(memory)
 
     def _forget(self) -> None:
         self._status = self._interrupt = self._accepted = 0
@@ -98,8 +99,11 @@ class Mmio:
             return self._read(offset)
 
     def write(self, offset: int, value: int, size: int) -> None:
-        """The guest writes a register. No device here has configuration that a driver writes."""
-        if size != 4 or offset % 4 or offset >= R_CONFIG:
+        """The guest writes a register, or its device's configuration."""
+        if offset >= R_CONFIG:
+            self.model.write_config(offset - R_CONFIG, value, size)
+            return
+        if size != 4 or offset % 4:
             return
         if offset == R_QUEUE_NOTIFY:
             if value < len(self._queues) and self._runs():
@@ -279,7 +283,7 @@ class Mmio:
                 name: getattr(self, f"_{name}") for name in ("status", "interrupt", "accepted", "generation", "offered")
             }
             fields |= {name: getattr(self, f"_{name}") for name in _SELECTORS.values()}
-            fields |= {"config": self.model.config(), "model": self.model.save(), "broken": self.broken}
+            fields |= {"config": self.model.fixed(), "model": self.model.save(), "broken": self.broken}
             fields["queues"] = [queue.save() for queue in self._queues]
             return State(self.kind, 1, fields)
 
@@ -290,7 +294,7 @@ class Mmio:
         status = state.integer("status", high=_DRIVERS | NEEDS_RESET)
         if offered != self._offered or (status & FEATURES_OK and accepted & ~offered):
             raise StateError(f"{self.kind}: the state is of one with features {offered:#x}, not {self._offered:#x}")
-        if state.blob("config", limit=LENGTH) != self.model.config():
+        if state.blob("config", limit=LENGTH) != self.model.fixed():
             raise StateError(f"{self.kind}: the state is of a device of another size or geometry")
         selectors = {name: state.integer(name, high=_LOW) for name in _SELECTORS.values()}
         interrupt = state.integer("interrupt", high=USED_BUFFER | CONFIG_CHANGE)

@@ -1,5 +1,5 @@
 # model.py: what a kind of virtio device is to the transport.
-"""`Model`: the base of rng, console, block and what follows."""
+"""`Model`: the base of rng, console, block, balloon and what follows."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pyvmm.devices.virtio.queue import Queue
+    from pyvmm.memory import GuestMemory
 
 
 class Model:
@@ -28,10 +29,22 @@ class Model:
     def __init__(self) -> None:
         self.kick: Callable[[], None] = lambda: None
         """Call it when something came that serve() has waited for."""
+        self.config_changed: Callable[[], None] = lambda: None
+        """Call it when config() says something else: the driver is told."""
+
+    def attach(self, memory: GuestMemory) -> None:
+        """Before anything else: the memory of the VM. Raises BadInput where the device cannot be in such a VM."""
 
     def config(self) -> bytes:
         """The configuration space that drivers read."""
         return b""
+
+    def write_config(self, offset: int, value: int, size: int) -> None:
+        """The driver writes to it, on a vCPU's thread; what no driver may write is not looked at."""
+
+    def fixed(self) -> bytes:
+        """What of the configuration must be the same where the guest goes on."""
+        return self.config()
 
     def serve(self, index: int, queue: Queue, features: int) -> bool | None:
         """Does one request of a queue, with these features negotiated. Does the driver want an interrupt? None: nothing

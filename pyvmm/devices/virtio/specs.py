@@ -63,9 +63,18 @@ def _swap_disk(rest: str, output: Callable[[bytes], None]) -> Model:
     return Block(make(what, mode, durable))
 
 
+def _balloon(rest: str, output: Callable[[bytes], None]) -> Model:
+    from pyvmm.devices.virtio.balloon import Balloon
+
+    if rest:
+        raise BadInput(f"device 'balloon:{rest}': a balloon takes no options")
+    return Balloon()
+
+
 KINDS: dict[str, Callable[[str, Callable[[bytes], None]], Model]] = {
     "rng": _rng,
     "console": _console,
+    "balloon": _balloon,
     "block": _block,
     "swapdisk": _swap_disk,
 }

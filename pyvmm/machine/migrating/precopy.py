@@ -229,6 +229,11 @@ class Precopy:
 
     def _begin(self, control: Control, pages: PageSet, zeros: PageSet | None) -> None:
         self.round += 1
+        memory = self._vm.memory
+        if not memory.hugetlb and memory.engine.homes()["balloon"]:  # to send these would bring them
+            pages = PageSet(self._pages, pages.runs())
+            zeros = PageSet(self._pages) if zeros is None else PageSet(self._pages, zeros.runs())
+            zeros.add_bits(pages.take_common(memory.engine.at_home("balloon")).bits)
         control.send(Round(self.round, pages.count() + (zeros.count() if zeros else 0)))
         self._sender.begin(self.round, pages, zeros)
 
