@@ -20,6 +20,9 @@ TIMEOUT = 30.0
 _MAX_ANSWER = 64 << 20
 """Bytes: a report has a line for each round."""
 _PIECE = 64 << 10
+_LOOK = 0.25
+"""Seconds after which a thread that waits for an answer looks up: a signal that came just before it began to wait did not
+wake it, and its handler runs only then."""
 
 
 class Client:
@@ -33,6 +36,7 @@ class Client:
         self._timeout = timeout
         self._number = 0
         self._in = bytearray()
+        self._patient = False
         self._socket = socket.socket(socket.AF_UNIX)
         try:
             self._socket.settimeout(timeout)
@@ -69,7 +73,8 @@ class Client:
     def stream(self, do: str, **arguments: object) -> Stream:
         """Has something done that tells more than once. Raises BadInput for what nobody can be asked."""
         number = self.send(do, **arguments)
-        self._socket.settimeout(None)  # it takes as long as it does
+        self._socket.settimeout(_LOOK)
+        self._patient = True  # it takes as long as it does
         return Stream(self, number)
 
     def send(self, do: str, **arguments: object) -> int:
@@ -90,6 +95,8 @@ class Client:
             try:
                 data = self._socket.recv(_PIECE)
             except TimeoutError:
+                if self._patient:
+                    continue
                 raise ControlError(f"{self._path} does not answer within {self._timeout:g} s") from None
             except OSError:
                 data = b""
