@@ -21,8 +21,8 @@ _MAX_ANSWER = 64 << 20
 """Bytes: a report has a line for each round."""
 _PIECE = 64 << 10
 _LOOK = 0.25
-"""Seconds after which a thread that waits for an answer looks up: a signal that came just before it began to wait did not
-wake it, and its handler runs only then."""
+"""Seconds after which a thread that waits for an answer looks up: a signal that came just before it began to wait did
+not wake it, and its handler runs only then."""
 
 
 class Client:
