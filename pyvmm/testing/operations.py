@@ -229,22 +229,22 @@ class Subject:
         self.memory.write(self.gpa(operation), data)
 
     def give_up(self, operation: Operation) -> None:
-        """Gives up a few pages of the host's, as a guest would by its balloon, and maybe takes them back: zeros, unless
-        a view is held."""
+        """Gives up a few pages of the host's, as a guest would by its balloon, and maybe takes them back: zeros, but in
+        a block of which a view is held."""
         last = self.pages - 1 - operation.page  # how many follow it
-        run = (operation.page, 1 + min(last, operation.value % 200))
         how = (balloon.INFLATE, balloon.INFLATE, balloon.DEFLATE, balloon.FREE)[operation.value >> 16 & 3]
-        away = set(self.engine.at_home("balloon").take(*run))
         held = {page for first, count in self.memory.written_views() for page in range(first, first + count)}
-        told = balloon.change(self.memory, [run], how)
-        if how == balloon.DEFLATE or told.stayed:
-            return
-        if held & set(range(run[0], run[0] + run[1])):
-            raise Wrong(f"pages {run} were given up, of which a view is held")
-        if how == balloon.INFLATE and not away and told.gone != run[1]:
-            raise Wrong(f"{told.gone} of {run[1]} pages were given up")
-        for page in range(run[0], run[0] + run[1]):
-            self.written[page] = bytes(PAGE_SIZE)
+        for first, count in self.engine.parts(operation.page, 1 + min(last, operation.value % 200)):
+            pages = range(first, first + count)
+            away = set(self.engine.at_home("balloon").take(first, count))
+            told = balloon.change(self.memory, [(first, count)], how)
+            if how == balloon.DEFLATE or told.stayed:
+                continue
+            if held & set(pages):
+                raise Wrong(f"pages {pages} were given up, of which a view is held")
+            if how == balloon.INFLATE and not away and told.gone != count:
+                raise Wrong(f"{told.gone} of {count} pages were given up")
+            self.written.update(dict.fromkeys(pages, bytes(PAGE_SIZE)))
 
     def put_away(self, operation: Operation) -> None:
         """Removes pages, and has those stored that the guest has not fetched back meanwhile."""
