@@ -21,7 +21,7 @@ from pyvmm.testing.torture import Torture, TortureFailure
 
 pytestmark = needs("kvm", "uffd_guest")
 
-SECONDS = 2.0
+SECONDS = 1.5
 ODD = 48 * MIB + 5 * 4096
 """RAM that ends within a block."""
 
