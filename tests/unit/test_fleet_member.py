@@ -8,9 +8,9 @@ import pytest
 
 from pyvmm.cli.host_table import show
 from pyvmm.control.server import Server
+from pyvmm.devices.virtio.classes import CLASSES
 from pyvmm.errors import BadInput
 from pyvmm.fleet.config import Guest
-from pyvmm.devices.virtio.classes import CLASSES
 from pyvmm.fleet.folder import Folder
 from pyvmm.fleet.means import Split
 from pyvmm.fleet.member import Member
