@@ -33,6 +33,8 @@ BENCHMARKS = {
     "reclaim": "a guest in a half of its memory: speed and refaults, by policy",
     "activity": "active blocks found by sampling: precision, recall, what it costs the guest",
     "doublepaging": "a guest swaps what the host has swapped: bytes and reads, by mode of its disk",
+    "overcommit": "three unlike guests in half of their memory: refaults, slowdown, by policy",
+    "scale": "100 tiny guests at once: how soon, and memory a VMM process and a VM takes",
     "swap": "pages to the swap file and back, beside pwrite() and preadv() of the same bytes",
     "sharing": "equal pages: estimated and freed, and how many large pages that costs",
 }
@@ -50,6 +52,8 @@ QUICK = (
     "reclaim",
     "activity",
     "doublepaging",
+    "overcommit",
+    "scale",
     "swap",
     "sharing",
 )

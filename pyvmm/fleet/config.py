@@ -29,13 +29,15 @@ VM_KEYS = (
     "name", "guest", "memory", "cpus", "append", "shares", "reservation", "limit", "balloon", "swap", "options",
 )  # fmt: skip
 STATE_KEYS = ("below", "above", "means")
-_OURS = ("--mem", "--cpus", "--append", "--control", "--limit", "--live", "--snapshot", "--trace", "--hugetlb")
+_OURS = (
+    "--mem", "--cpus", "--append", "--balloon", "--control", "--limit", "--live", "--snapshot", "--trace", "--hugetlb",
+)  # fmt: skip
 """Options of `pyvmm run` that are set by the fleet, or make no sense in one."""
 
 
 class Guest(Record):
-    """One VM of a fleet, as somebody wants it. balloon: False: it is not asked whether it has one; swap: the guest has
-    a swap device of its own; options: more of `pyvmm run`, words."""
+    """One VM of a fleet, as somebody wants it. balloon: it is given one; swap: the guest has a swap device
+    of its own; options: more of `pyvmm run`, words."""
 
     __slots__ = (
         "append", "balloon", "cpus", "guest", "limit", "memory", "name", "options", "reservation", "shares", "swap",
@@ -50,7 +52,7 @@ class Guest(Record):
         self.shares = default_shares(memory)
         self.reservation = LEAST
         self.limit = memory
-        self.balloon = True
+        self.balloon = False
         self.swap = False
         self.options: list[str] = []
 
@@ -142,7 +144,7 @@ def _guest(table: object, number: int, folder: str) -> Guest:
     if guest.reservation > guest.limit:
         raise BadInput(f"{where}: reservation: {format_size(guest.reservation)} is more than it may ever have")
     guest.reservation = max(LEAST, guest.reservation)
-    guest.balloon = _flag(table, "balloon", where, True)
+    guest.balloon = _flag(table, "balloon", where, False)
     guest.swap = _flag(table, "swap", where, False)
     guest.options = _words(table.get("options", []), f"{where}: options")
     for word in guest.options:

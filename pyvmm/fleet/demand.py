@@ -58,15 +58,21 @@ class Classes(Record):
 
 def classes_of(found: object, memory: int) -> Classes | None:
     """Classes of what a guest of so much memory told by its VMM: None for anything but all of them, each a number of
-    bytes. A guest may lie: more than half of its memory is not believed to be unreclaimable, but active; so none can
-    keep for ever what others are entitled to, and by what it says is idle it but harms itself."""
+    bytes, or None for what its driver cannot tell, which counts as nothing; None too where it tells nothing at all.
+
+    A guest may lie: more than half of its memory is not believed to be unreclaimable, but active; so none can keep for
+    ever what others are entitled to, and by what it says is idle it but harms itself."""
     if not isinstance(found, dict):
         return None
     named = {str(name).replace(" ", "_").replace("-", "_"): value for name, value in found.items()}
-    values = [named.get(name) for name in CLASSES]
-    if not all(type(value) is int and 0 <= value <= MOST for value in values):
+    if not all(name in named for name in CLASSES):
         return None
-    classes = Classes(*[value for value in values if isinstance(value, int)])
+    values = [named[name] for name in CLASSES]
+    if not all(value is None or (type(value) is int and 0 <= value <= MOST) for value in values):
+        return None
+    if all(value is None for value in values):
+        return None
+    classes = Classes(*[value or 0 for value in values])
     surplus = max(0, classes.unreclaimable - memory // 2)
     classes.unreclaimable -= surplus
     classes.active_anonymous += surplus

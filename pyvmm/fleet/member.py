@@ -52,6 +52,7 @@ class Member:
         self._client: Client | None = None
         self._balloon: int | None = None  # what it was told last; None: not asked yet
         self._asks_balloon = guest.balloon
+        self._seen_balloon: tuple[float, int] | None = None  # when, pages that the guest has read again
         self._pressing: bool | None = None  # had it to give up pages lately? None: nobody knows
         self._slack = 0
         self._seen: tuple[float, int, int] | None = None  # when, refaults, pages taken
@@ -79,8 +80,8 @@ class Member:
         client = self._connected()
         if client is not None:
             self._numbers = [client.send("status"), client.send("swap")]
-            if self._asks_balloon and self._balloon is not None:
-                self._numbers.append(client.send("balloon", target=self._balloon))
+            if self._asks_balloon:
+                self._numbers.append(client.send("balloon"))
 
     def hear(self) -> None:
         """What it answers. Where it does not it is starting still, or silent; what is known of it stays."""
@@ -102,7 +103,8 @@ class Member:
                 self._client = Client(self._path, PATIENCE)
             except BadInput:  # nobody listens: it has just begun, or just ended
                 return None
-            self._asks_balloon, self._balloon, self._seen = self.guest.balloon, None, None
+            self._asks_balloon, self._balloon = self.guest.balloon, None
+            self._seen = self._seen_balloon = None
         return self._client
 
     def _hear(self, client: Client, numbers: list[int]) -> None:
@@ -115,11 +117,11 @@ class Member:
         self.ballooned = homes["balloon"] * PAGE_SIZE
         self._look_at_swap(client.result(numbers[1]), status["pages"])
         if self._asks_balloon:
-            self._look_at_balloon(client, *numbers[2:])
+            self._look_at_balloon(client, numbers[2])
 
     def _look_at_swap(self, found: dict[str, Any], pages: dict[str, Any]) -> None:
         now = time.monotonic()
-        self.limit = found["limit"]
+        self.limit, self.refaults = found["limit"], 0.0
         if found["swap"] is None:
             self.resident = (pages["large"] + pages["small"] + pages["homes"]["aside"]) * PAGE_SIZE
             return
@@ -133,22 +135,27 @@ class Member:
             self._pressing = taken > taken_before
         self._seen = (now, refaults, taken)
 
-    def _look_at_balloon(self, client: Client, number: int | None = None) -> None:
-        """Which is told its target by the same request: at first what it holds already, so that nothing is changed."""
-        first = number is None
+    def _look_at_balloon(self, client: Client, number: int) -> None:
+        """One whose guest has no driver for it, or whose driver says nothing yet, counts as none: nobody would give up
+        what it is told to."""
         try:
-            if number is None:
-                self._balloon = self.ballooned
-                number = client.send("balloon", target=self._balloon)
             found = client.result(number)
         except BadInput:
-            if not first:
-                raise
-            self._asks_balloon = self.has_balloon = False  # it has none
+            self._asks_balloon = self.has_balloon = False  # it was started without
             self.classes = None
             return
-        self.has_balloon = True
-        self.classes = classes_of(found.get("stats"), self.guest.memory)
+        if self._balloon is None:
+            self._balloon = int(found["target"])  # what somebody told it before us
+        self.ballooned = int(found["actual"])
+        self.has_balloon = self.ballooned > 0 or any(size is not None for size in found["stats"].values())
+        self.classes = classes_of(found["stats"], self.guest.memory)
+        if found["refaults"] is None:
+            return
+        now, again = time.monotonic(), int(found["refaults"])
+        if self._seen_balloon is not None:
+            then, before = self._seen_balloon
+            self.refaults += max(0, again - before) / max(now - then, 1e-3)
+        self._seen_balloon = (now, again)
 
     def demand(self) -> Demand:
         """For the policy. A VM that has not had to give up pages since the last look would not use much more now."""
@@ -176,9 +183,10 @@ class Member:
             if self.limit is None or abs(limit - self.limit) >= _STEP:
                 self._client.send("swap", target=limit, wait=False)
                 self.limit = limit
-            if self.has_balloon and target.balloon != self._balloon:
-                self._client.send("balloon", target=target.balloon)
-                self._balloon = target.balloon
+            balloon = min(target.balloon, self.guest.memory) // PAGE_SIZE * PAGE_SIZE
+            if self.has_balloon and balloon != self._balloon:
+                self._client.send("balloon", target=balloon)
+                self._balloon = balloon
 
     def ask_to_stop(self) -> None:
         """The guest is to end."""

@@ -36,7 +36,7 @@ class Vmm:
         command = [
             sys.executable, "-m", "pyvmm", "run", guest.guest, "--mem", str(guest.memory), "--cpus", str(guest.cpus),
             "--append", guest.append, "--control", self._folder.of(guest.name, "sock"), "--limit", str(limit),
-            *guest.options,
+            *["--balloon"] * guest.balloon, *guest.options,
         ]  # fmt: skip
         try:
             with open(self._folder.of(guest.name, "log"), "ab") as log:

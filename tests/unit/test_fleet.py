@@ -217,7 +217,8 @@ class TestWhatGuestsSay:
         assert found == Classes(7, 7, 7, 7, 7, 7)
 
     @pytest.mark.parametrize(
-        "change", [{"free": -1}, {"free": 1.5}, {"free": True}, {"free": MOST + 1}, {"free": None}]
+        "change",
+        [{"free": -1}, {"free": 1.5}, {"free": True}, {"free": MOST + 1}, {"free": "1"}, dict.fromkeys(CLASSES)],
     )
     def test_what_is_none(self, change):
         assert classes_of(MIX.as_dict() | change, MIB) is None

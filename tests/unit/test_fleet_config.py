@@ -29,7 +29,7 @@ append = "pattern=zipf"
 shares = 7
 reservation = "64M"
 limit = "256M"
-balloon = false
+balloon = true
 swap = true
 options = ["--pages", "4k"]
 [[vm]]
@@ -59,10 +59,10 @@ def test_all_that_it_can_say(file, tmp_path):
     web, plain = fleet.guests
     assert (web.name, web.guest, web.memory, web.cpus, web.append) == ("web-1", "touch", 512 * MIB, 2, "pattern=zipf")
     assert (web.shares, web.reservation, web.limit) == (7, 64 * MIB, 256 * MIB)
-    assert (web.balloon, web.swap, web.options) == (False, True, ["--pages", "4k"])
+    assert (web.balloon, web.swap, web.options) == (True, True, ["--pages", "4k"])
     assert plain.guest == f"{tmp_path}/./x.elf"
     assert (plain.memory, plain.cpus, plain.shares, plain.reservation) == (64 * MIB, 1, 640, 8 * MIB)
-    assert (plain.limit, plain.balloon, plain.swap, plain.options) == (64 * MIB, True, False, [])
+    assert (plain.limit, plain.balloon, plain.swap, plain.options) == (64 * MIB, False, False, [])
 
 
 MISTAKES = [

@@ -7,11 +7,10 @@ import time
 import pytest
 
 from pyvmm.cli.host_table import show
-from pyvmm.control import wire
 from pyvmm.control.server import Server
+from pyvmm.devices.virtio.classes import CLASSES
 from pyvmm.errors import BadInput
 from pyvmm.fleet.config import Guest
-from pyvmm.fleet.demand import CLASSES
 from pyvmm.fleet.folder import Folder
 from pyvmm.fleet.means import Split
 from pyvmm.fleet.member import Member
@@ -29,7 +28,8 @@ class Vmm:
         self.asked = []
         self.homes = {"swap": 256, "shared": 2, "balloon": 512, "aside": 0}
         self.limit, self.resident, self.taken, self.refaults = 16 * MIB, 14 * MIB, 100, 10
-        self.inflated = 0
+        self.inflated, self.actual, self.read_again = 3 * MIB, 2 * MIB, 100
+        self.stats = dict.fromkeys(CLASSES, MIB)
         self.has_balloon = True
         self.watched = False
         self._server = Server(folder.of("a", "sock"), self._serve)
@@ -52,8 +52,12 @@ class Vmm:
     def balloon(self, arguments):
         if not self.has_balloon:
             raise BadInput("this VM has no balloon")
-        self.inflated = arguments["target"]
-        return {"target": self.inflated, "actual": 0, "stats": dict.fromkeys(CLASSES, MIB)}
+        if arguments["target"] is not None:
+            self.inflated = arguments["target"]
+        return {
+            "target": self.inflated, "actual": self.actual, "away": MIB, "stats": self.stats,
+            "refaults": self.read_again,
+        }  # fmt: skip
 
     def told(self, do):
         return [arguments["target"] for name, arguments in self.asked if name == do]
@@ -72,18 +76,13 @@ def vmm(tmp_path):
 
 @pytest.fixture
 def member(vmm, tmp_path):
-    made = Member(Guest("a", "verify", 32 * MIB), Folder(str(tmp_path / "r")))
+    guest = Guest("a", "verify", 32 * MIB)
+    guest.balloon = True
+    made = Member(guest, Folder(str(tmp_path / "r")))
     made.state = "starting"
     yield made
     made.disconnect()
     made.vmm.close()
-
-
-@pytest.fixture
-def ballooning(vmm, monkeypatch):
-    """As a VMM has it that knows the command."""
-    monkeypatch.setitem(wire.COMMANDS, "balloon", (wire.Argument("target", int, required=True),))
-    return vmm
 
 
 def target(ceiling, balloon=0):
@@ -158,23 +157,53 @@ def test_a_limit_within_what_a_vmm_takes(vmm, member):
     assert len(vmm.told("swap")) == before
 
 
-def test_a_vmm_that_has_no_balloon_is_asked_once(vmm, member, ballooning):
+def test_a_vmm_that_has_no_balloon_is_asked_once(vmm, member):
     vmm.has_balloon = False
     for _ in range(3):
         member.look()
     assert (member.state, member.has_balloon) == ("running", False)
-    assert vmm.told("balloon") == [2 * MIB]
+    assert vmm.told("balloon") == [None]
 
 
-def test_a_balloon_is_left_as_it_is_found_and_then_told(vmm, member, ballooning):
+def test_a_balloon_is_left_as_it_is_found_and_then_told(vmm, member):
     member.look()
-    assert vmm.told("balloon") == [2 * MIB]  # what it holds already
+    assert vmm.told("balloon") == [None]
     demand = member.demand()
-    assert (demand.balloon, demand.classes.total) == (True, 6 * MIB)
-    told(member, target(16 * MIB, balloon=5 * MIB))
+    assert (demand.balloon, demand.ballooned, demand.classes.total) == (True, 2 * MIB, 6 * MIB)
+    told(member, target(16 * MIB, balloon=3 * MIB))  # what somebody told it already
+    assert vmm.told("balloon") == [None]
+    told(member, target(16 * MIB, balloon=5 * MIB + 1))
     member.look()
-    assert vmm.told("balloon") == [2 * MIB, 5 * MIB, 5 * MIB]
-    assert member.as_dict()["balloon_target"] == 5 * MIB
+    assert vmm.told("balloon") == [None, 5 * MIB, None]
+    assert member.as_dict()["balloon_target"] == 5 * MIB + 1
+    told(member, target(16 * MIB, balloon=99 * MIB))
+    assert vmm.inflated == 32 * MIB  # there is no more
+
+
+def test_a_balloon_without_a_driver_counts_as_none(vmm, member):
+    vmm.stats, vmm.actual, vmm.read_again = dict.fromkeys(CLASSES), 0, None
+    member.look()
+    assert (member.state, member.has_balloon, member.classes) == ("running", False, None)
+    told(member, target(16 * MIB, balloon=5 * MIB))
+    assert vmm.inflated == 3 * MIB
+    vmm.stats = dict.fromkeys(CLASSES) | {"free": MIB, "active anonymous": 2 * MIB}  # a stock driver's
+    member.look()
+    assert (member.has_balloon, member.classes.free, member.classes.total) == (True, MIB, 3 * MIB)
+    assert member.demand().active == 2 * MIB
+
+
+def test_what_the_guest_reads_again_counts_too(vmm, member):
+    for limit in (16 * MIB, None, 16 * MIB):  # not added up where there is no limit
+        vmm.limit = limit
+        member.look()
+        assert member.refaults == 0
+    vmm.read_again += 1000
+    time.sleep(0.01)
+    member.look()
+    both = member.refaults
+    assert both > 0
+    member.look()
+    assert member.refaults == 0
 
 
 def test_one_that_answers_nonsense_is_silent_and_not_asked_all_the_time(vmm, member, monkeypatch):
@@ -206,7 +235,7 @@ def test_nobody_there(tmp_path):
     member.ask_to_stop()
 
 
-def test_the_table(member, vmm, ballooning, capsys):
+def test_the_table(member, vmm, capsys):
     member.look()
     told(member, target(16 * MIB, 3 * MIB))
     silent = Member(Guest("b", "verify", 32 * MIB), Folder(os.path.dirname(member._path)))

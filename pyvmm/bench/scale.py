@@ -1,0 +1,143 @@
+# scale.py: 100 tiny guests at once (measure P18). Units: seconds, MiB.
+"""Guests `echo` of 10 MiB, which send back a byte and then wait for more: as VMM processes, begun without waiting for
+each other, and as VMs of one process.
+
+Memory is proportional (Pss): what processes share counts for each of them in part; "guest RAM" is the memory that is
+the guest's, "other anonymous" what Python and the C library hold, "files" code and data of libraries. "Alone": of one
+process, with which no other shares anything.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+
+from pyvmm.bench import Collected, Result
+from pyvmm.errors import HostError
+from pyvmm.layout import MIB
+from pyvmm.machine import VM
+
+_VMS, _QUICK_VMS = 100, 6
+_MEMORY = 10 * MIB
+"""No thread has a stack of that size."""
+_GUEST = "echo"
+_BYTE = b"x"
+_STARTING = 50.0
+_WARM_UP = 2
+"""VMs that one process has before those that are measured: what comes once is not a VM's."""
+
+
+def memory_of(process: str, ram: int = _MEMORY) -> dict[str, float]:
+    """MiB of a process of /proc, by kind; all: the sum. ram: the size of a guest's RAM, by which its mapping is told;
+    several may lie side by side."""
+    found = dict.fromkeys(("guest RAM", "other anonymous", "files"), 0.0)
+    kind, anonymous = "files", 0.0
+    with open(f"/proc/{process}/smaps") as smaps:
+        for line in smaps:
+            words = line.split()
+            if not words[0].endswith(":"):
+                low, _, high = words[0].partition("-")
+                size, name = int(high, 16) - int(low, 16), words[5] if len(words) > 5 else ""
+                is_ram = size >= ram and size % ram == 0 and name != "[heap]" and not name.startswith("/")
+                kind = "guest RAM" if is_ram else "files"
+            elif words[0] == "Pss:":
+                found[kind] += int(words[1]) / 1024
+            elif words[0] == "Anonymous:" and kind == "files":
+                anonymous += int(words[1]) / 1024  # of this process alone: nothing forks here
+    found["files"] -= anonymous
+    found["other anonymous"] = anonymous
+    return {"all": sum(found.values())} | found
+
+
+def _command() -> list[str]:
+    return [sys.executable, "-m", "pyvmm", "run", _GUEST, "--mem", str(_MEMORY)]
+
+
+def _processes(found: Collected, count: int) -> None:
+    """A guest of each is there when its first byte is."""
+    children: list[subprocess.Popen[bytes]] = []
+    try:
+        begin = time.perf_counter()
+        for _ in range(count):
+            child = subprocess.Popen(
+                _command(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0
+            )
+            children.append(child)
+            assert child.stdin is not None
+            child.stdin.write(_BYTE)
+        started = time.perf_counter() - begin
+        first = _ready(children, begin)
+        found.add("start, VMM processes", "the first guest is there", "s", min(first))
+        found.add("start, VMM processes", f"all {count} processes begun", "s", started)
+        found.add("start, VMM processes", f"all {count} guests are there", "s", max(first))
+        found.add("guests started a second", "VMM processes", "VMs/s", count / max(first))
+        for name in ("all", "guest RAM", "other anonymous", "files"):
+            each = [memory_of(str(child.pid))[name] for child in children]
+            found.add("a VMM process, of many", name, "MiB", sum(each) / count)
+    finally:
+        _end(children)
+
+
+def _ready(children: list[subprocess.Popen[bytes]], begin: float) -> list[float]:
+    """Seconds until each has printed something. Raises HostError where one does not."""
+    found: list[float] = []
+    with selectors.DefaultSelector() as selector:
+        for child in children:
+            assert child.stdout is not None
+            selector.register(child.stdout, selectors.EVENT_READ)
+        while selector.get_map():
+            ready = selector.select(_STARTING)
+            if not ready:
+                raise HostError(f"{len(selector.get_map())} guests have not begun after {_STARTING:g} s")
+            for key, _ in ready:
+                if not os.read(key.fd, 1):
+                    raise HostError("a guest has ended before it began")
+                found.append(time.perf_counter() - begin)
+                selector.unregister(key.fileobj)
+    return found
+
+
+def _end(children: list[subprocess.Popen[bytes]]) -> None:
+    for child in children:
+        child.kill()
+    for child in children:
+        child.communicate()
+
+
+def _in_process(found: Collected, count: int) -> None:
+    with ExitStack() as stack:
+        for _ in range(_WARM_UP):
+            _begin(stack)
+        before, begin = memory_of("self"), time.perf_counter()
+        for _ in range(count):
+            _begin(stack)
+        seconds, after = time.perf_counter() - begin, memory_of("self")
+    found.add("guests started a second", "VMs of one process", "VMs/s", count / seconds)
+    for name, value in after.items():
+        found.add("a VM of one process", name, "MiB", (value - before[name]) / count)
+
+
+def _begin(stack: ExitStack) -> None:
+    vm = stack.enter_context(VM(_MEMORY))
+    vm.load(_GUEST)
+    vm.start()
+    vm.type(_BYTE.decode())
+    if not vm.expect(_BYTE.decode(), _STARTING):
+        raise HostError(f"the guest {_GUEST} has not begun: {vm.printed!r}")
+
+
+def measure(quick: bool = False) -> list[Result]:
+    """One round: there are enough of them in it."""
+    found, count = Collected(), _QUICK_VMS if quick else _VMS
+    _processes(found, 1)
+    alone = [result for result in found.results() if result.group == "a VMM process, of many"]
+    found = Collected()
+    for result in alone:
+        found.add("a VMM process, alone", result.name, "MiB", *result.values)
+    _processes(found, count)
+    _in_process(found, count)
+    return found.results()
