@@ -2,9 +2,9 @@
 """Guests `echo` of 10 MiB, which send back a byte and then wait for more: as VMM processes, begun without waiting for
 each other, and as VMs of one process.
 
-Memory is proportional (Pss): what processes share counts for each of them in part; "guest RAM" is the memory that is
-the guest's, "other anonymous" what Python and the C library hold, "files" code and data of libraries. "Alone": of one
-process, with which no other shares anything.
+Memory is proportional (Pss): what processes share counts for each of them in part. "Anonymous" is what Python and the C
+library hold, and the few pages of its RAM that the guest has used; "files" is code and data of libraries. "Alone": of
+one process, with which no other shares anything.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from pyvmm.machine import VM
 
 _VMS, _QUICK_VMS = 100, 6
 _MEMORY = 10 * MIB
-"""No thread has a stack of that size."""
 _GUEST = "echo"
 _BYTE = b"x"
 _STARTING = 50.0
@@ -31,26 +30,11 @@ _WARM_UP = 2
 """VMs that one process has before those that are measured: what comes once is not a VM's."""
 
 
-def memory_of(process: str, ram: int = _MEMORY) -> dict[str, float]:
-    """MiB of a process of /proc, by kind; all: the sum. ram: the size of a guest's RAM, by which its mapping is told;
-    several may lie side by side."""
-    found = dict.fromkeys(("guest RAM", "other anonymous", "files"), 0.0)
-    kind, anonymous = "files", 0.0
-    with open(f"/proc/{process}/smaps") as smaps:
-        for line in smaps:
-            words = line.split()
-            if not words[0].endswith(":"):
-                low, _, high = words[0].partition("-")
-                size, name = int(high, 16) - int(low, 16), words[5] if len(words) > 5 else ""
-                is_ram = size >= ram and size % ram == 0 and name != "[heap]" and not name.startswith("/")
-                kind = "guest RAM" if is_ram else "files"
-            elif words[0] == "Pss:":
-                found[kind] += int(words[1]) / 1024
-            elif words[0] == "Anonymous:" and kind == "files":
-                anonymous += int(words[1]) / 1024  # of this process alone: nothing forks here
-    found["files"] -= anonymous
-    found["other anonymous"] = anonymous
-    return {"all": sum(found.values())} | found
+def memory_of(process: str) -> dict[str, float]:
+    """MiB of a process of /proc."""
+    with open(f"/proc/{process}/smaps_rollup") as rollup:
+        found = {words[0]: int(words[1]) / 1024 for line in rollup if (words := line.split())[-1] == "kB"}
+    return {"all": found["Pss:"], "anonymous": found["Pss_Anon:"], "files": found["Pss_File:"]}
 
 
 def _command() -> list[str]:
@@ -70,21 +54,19 @@ def _processes(found: Collected, count: int) -> None:
             assert child.stdin is not None
             child.stdin.write(_BYTE)
         started = time.perf_counter() - begin
-        first = _ready(children, begin)
-        found.add("start, VMM processes", "the first guest is there", "s", min(first))
+        ready = _ready(children, begin)
         found.add("start, VMM processes", f"all {count} processes begun", "s", started)
-        found.add("start, VMM processes", f"all {count} guests are there", "s", max(first))
-        found.add("guests started a second", "VMM processes", "VMs/s", count / max(first))
-        for name in ("all", "guest RAM", "other anonymous", "files"):
+        found.add("start, VMM processes", f"all {count} guests are there", "s", ready)
+        found.add("guests started a second", "VMM processes", "VMs/s", count / ready)
+        for name in ("all", "anonymous", "files"):
             each = [memory_of(str(child.pid))[name] for child in children]
             found.add("a VMM process, of many", name, "MiB", sum(each) / count)
     finally:
         _end(children)
 
 
-def _ready(children: list[subprocess.Popen[bytes]], begin: float) -> list[float]:
-    """Seconds until each has printed something. Raises HostError where one does not."""
-    found: list[float] = []
+def _ready(children: list[subprocess.Popen[bytes]], begin: float) -> float:
+    """Seconds until all have printed something. Raises HostError where one does not."""
     with selectors.DefaultSelector() as selector:
         for child in children:
             assert child.stdout is not None
@@ -96,9 +78,8 @@ def _ready(children: list[subprocess.Popen[bytes]], begin: float) -> list[float]
             for key, _ in ready:
                 if not os.read(key.fd, 1):
                     raise HostError("a guest has ended before it began")
-                found.append(time.perf_counter() - begin)
                 selector.unregister(key.fileobj)
-    return found
+    return time.perf_counter() - begin
 
 
 def _end(children: list[subprocess.Popen[bytes]]) -> None:

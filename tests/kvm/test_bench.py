@@ -113,6 +113,16 @@ RESULTS = {
         ("sequences: reads to bring 64 back", "references"),
         ("the guest swapper: reads for 64 blocks", "replace"),
     ],
+    "overcommit": [
+        ("refaults for 1,000 touches, all guests", "class-based"),
+        ("slowdown, worst", "proportional"),
+        ("in balloons", "balloon-only"),
+    ],
+    "scale": [
+        ("guests started a second", "VMM processes"),
+        ("a VMM process, of many", "anonymous"),
+        ("a VM of one process", "all"),
+    ],
     "swap": [
         ("out: random data", "swap, unchanged"),
         ("out to the disk: text", "swap"),
@@ -167,6 +177,7 @@ def test_data(name):
             "% large",
             "x",
             "blocks/s",
+            "VMs/s",
         )
 
 

@@ -238,6 +238,35 @@ def test_what_a_guest_leaves_idle_is_taxed_where_its_vmm_watches_it(fleet):
     assert fleet.stop() == 0
 
 
+def test_three_unlike_guests_by_their_classes(fleet):
+    """With 45 % of their memory: who has cache that it does not use gives that up by balloon, and who uses most of what
+    it has gets most."""
+    mixes = {
+        "free": "fixed=5 heap=15 cache=10 hot=60",
+        "cache": "fixed=5 heap=15 cache=75 hot=10",
+        "active": "fixed=5 heap=35 cache=50 hot=85",
+    }
+    fleet.write(
+        "86M",
+        *({"name": name, "guest": "classes", "memory": "64M", "balloon": True, "append": append}
+          for name, append in mixes.items()),
+    )  # fmt: skip
+    fleet.up()
+    fleet.running(*mixes)
+    until(lambda: all(vm["classes"] is not None for vm in fleet.vms().values()))
+    until(lambda: fleet.vms()["cache"]["ballooned"] > 24 * MIB)
+    until(lambda: fleet.vms()["active"]["entitlement"] > 34 * MIB)
+    until(lambda: fleet.vms()["active"]["resident"] > 30 * MIB)
+    found = fleet.vms()
+    assert found["cache"]["ballooned"] > found["active"]["ballooned"]
+    assert sum(vm["resident"] for vm in found.values()) <= 86 * MIB * 1.02
+    before = {name: fleet.count(name) for name in mixes}
+    until(lambda: all(fleet.count(name) > before[name] for name in mixes))
+    assert fleet.stop() == 0
+    for name in mixes:  # one that reads a wrong byte says so
+        assert "FAIL" not in (fleet.run / f"{name}.vm.log").read_text()
+
+
 def test_a_vm_that_does_not_fit_comes_when_there_is_room(fleet):
     fleet.write("40M", *({"name": name, "reservation": "16M"} for name in names(3)))
     fleet.up()
