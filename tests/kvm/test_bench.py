@@ -115,7 +115,7 @@ RESULTS = {
     ],
     "overcommit": [
         ("refaults for 1,000 touches, all guests", "class-based"),
-        ("slowdown, worst", "proportional"),
+        ("slowdown, worst", "class-based"),
         ("in balloons", "balloon-only"),
     ],
     "scale": [
