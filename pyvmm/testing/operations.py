@@ -52,6 +52,10 @@ RING_TRACES: list[tuple[str, dict[str, object]]] = [row for row in TRACES if row
 """The same for a VM that has dirty rings: KVM has no bitmap for it."""
 
 
+_NOT_NOW = (-errno.EBUSY, -errno.ENXIO, -errno.EINVAL, -errno.EALREADY)
+"""Why a block cannot be sampled: in use; not large; the last one, which is not whole; or the reclaimer samples it."""
+
+
 class Wrong(PyvmmError):
     """Something is not as it must be."""
 
@@ -300,7 +304,7 @@ class Subject:
             begun = self.engine.call(lib.pv_sample_begin, block, rng.choice((0, 1, 8, 32)))
             if begun == 0:
                 watched.append(block)
-            elif begun not in (-errno.EBUSY, -errno.ENXIO, -errno.EINVAL):  # EINVAL: the last one is no whole block
+            elif begun not in _NOT_NOW:
                 raise Wrong(f"block {block} cannot be sampled: {os.strerror(-begun)}")
         self.refused[operation.kind] += not watched
         time.sleep(rng.random() / 500)
