@@ -1,22 +1,15 @@
 /* bare.c: the least that a page fault answered by userfaultfd can cost: the limit that the engine is compared with. */
 #define _GNU_SOURCE
 #include "native.h"
+#include "clock.h"
 
 #include <errno.h>
 #include <poll.h>
 #include <sys/ioctl.h>
-#include <time.h>
 #include <unistd.h>
 
 #define PAGE 4096ull
 #define PATIENCE_MS 1000
-
-static uint64_t now(void)
-{
-    struct timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return (uint64_t)time.tv_sec * 1000000000ull + (uint64_t)time.tv_nsec;
-}
 
 static int answer(int fd, uint64_t page, uint64_t from, int move)
 {
@@ -37,11 +30,11 @@ int pv_uffd_bare(int fd, uint8_t *base, uint8_t *from, int move, uint64_t faults
             return events < 0 ? -errno : -ETIMEDOUT;
         if (read(fd, &message, sizeof(message)) != (ssize_t)sizeof(message))
             continue; /* EAGAIN: who waited has gone */
-        uint64_t begin = now(), page = message.arg.pagefault.address & -PAGE;
+        uint64_t begin = now_ns(), page = message.arg.pagefault.address & -PAGE;
         int error = answer(fd, page, (uintptr_t)from + (move ? page - (uintptr_t)base : 0), move);
         if (error && error != -EEXIST)
             return error;
-        *nanoseconds += now() - begin;
+        *nanoseconds += now_ns() - begin;
         answered++;
     }
     return 0;
@@ -49,8 +42,8 @@ int pv_uffd_bare(int fd, uint8_t *base, uint8_t *from, int move, uint64_t faults
 
 uint64_t pv_touch(const volatile uint8_t *at, uint64_t count, uint64_t stride)
 {
-    uint64_t begin = now();
+    uint64_t begin = now_ns();
     for (uint64_t i = 0; i < count; i++)
         (void)at[i * stride];
-    return now() - begin;
+    return now_ns() - begin;
 }

@@ -3,12 +3,12 @@
  * there is a limit. Who reclaims is woken before the limit is reached; a fault that would go beyond it waits for that. */
 #define _GNU_SOURCE
 #include "engine_inside.h"
+#include "clock.h"
 
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
-#define PATIENCE_NS 1000000000ull /* a fault waits so long: then its page comes, whatever the limit is */
+#define PATIENCE_NS SECOND_NS /* a fault waits so long: then its page comes, whatever the limit is */
 
 uint64_t pv_limit_resident(const struct pv_engine *engine)
 {
@@ -61,22 +61,15 @@ void limit_shrunk(struct pv_engine *engine)
 {
     struct limit *limit = &engine->limit;
     count_up(&limit->clock, 1);
-    /* acquire: pairs with the release in limit_wait(), which counts itself before it looks at how much is resident */
-    if (!__atomic_load_n(&limit->waiting, __ATOMIC_ACQUIRE))
+    if (load(&limit->most) == UINT64_MAX)
+        return;
+    /* Pairs with the fence in limit_wait(): of what was counted before each, at least one side sees the other's. */
+    atomic_thread_fence(memory_order_seq_cst);
+    if (!__atomic_load_n(&limit->waiting, __ATOMIC_RELAXED))
         return;
     pthread_mutex_lock(&limit->mutex);
     pthread_cond_broadcast(&limit->below);
     pthread_mutex_unlock(&limit->mutex);
-}
-
-static struct timespec after(uint64_t nanoseconds)
-{
-    struct timespec until;
-    clock_gettime(CLOCK_MONOTONIC, &until);
-    nanoseconds += (uint64_t)until.tv_nsec;
-    until.tv_sec += (time_t)(nanoseconds / 1000000000);
-    until.tv_nsec = (long)(nanoseconds % 1000000000);
-    return until;
 }
 
 static bool has_room(const struct pv_engine *engine, uint32_t wanted)
@@ -95,16 +88,17 @@ void limit_wait(struct pv_engine *engine, uint64_t page)
     if (has_room(engine, wanted))
         return;
     uint64_t begin = pv_now();
-    struct timespec until = after(PATIENCE_NS);
+    struct timespec until = time_after(PATIENCE_NS);
     bool waited = false, late = false;
     pthread_mutex_lock(&limit->mutex);
-    __atomic_fetch_add(&limit->waiting, 1, __ATOMIC_RELEASE);
+    __atomic_fetch_add(&limit->waiting, 1, __ATOMIC_RELAXED);
+    atomic_thread_fence(memory_order_seq_cst);
     while (!late && !limit->ending && !limit->stuck && !has_room(engine, wanted)) {
         pthread_cond_signal(&limit->above);
         waited = true;
         late = pthread_cond_timedwait(&limit->below, &limit->mutex, &until) == ETIMEDOUT;
     }
-    __atomic_fetch_sub(&limit->waiting, 1, __ATOMIC_RELEASE);
+    __atomic_fetch_sub(&limit->waiting, 1, __ATOMIC_RELAXED);
     if (waited) {
         uint64_t spent = pv_now() - begin;
         limit->told.waits++;
@@ -225,7 +219,7 @@ void pv_limit_stuck(struct pv_engine *engine, int stuck)
 int pv_limit_wait(struct pv_engine *engine, uint32_t milliseconds)
 {
     struct limit *limit = &engine->limit;
-    struct timespec until = after(milliseconds * 1000000ull);
+    struct timespec until = time_after(milliseconds * MILLISECOND_NS);
     pthread_mutex_lock(&limit->mutex);
     while (!limit->ending && pv_limit_resident(engine) <= load(&limit->wake) &&
            pthread_cond_timedwait(&limit->above, &limit->mutex, &until) != ETIMEDOUT)

@@ -18,11 +18,11 @@
  * instant itself. */
 #define _GNU_SOURCE
 #include "live_inside.h"
+#include "clock.h"
 
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #define STRIDE 16 /* blocks protected in one call while the guest runs: what a fault may have to wait for */
 
@@ -245,11 +245,7 @@ int pv_live_freeze(struct pv_engine *engine, int python_homes)
 int pv_live_wait(struct pv_engine *engine, uint32_t milliseconds, struct pv_live_progress *out)
 {
     struct live *live = &engine->live;
-    struct timespec until;
-    clock_gettime(CLOCK_MONOTONIC, &until);
-    until.tv_nsec += milliseconds % 1000 * 1000000l;
-    until.tv_sec += milliseconds / 1000 + until.tv_nsec / 1000000000l;
-    until.tv_nsec %= 1000000000l;
+    struct timespec until = time_after(milliseconds * MILLISECOND_NS);
     pthread_mutex_lock(&live->mutex);
     int late = 0;
     while (!late && (live->mode == PV_LIVE_ARMING || live->mode == PV_LIVE_SAVING))

@@ -2,27 +2,20 @@
  * a file, and a file as a guest's RAM. */
 #define _GNU_SOURCE
 #include "native.h"
+#include "clock.h"
 
 #include <errno.h>
 #include <stdlib.h>
-#include <time.h>
 
 #define PAGE 4096ull
 #define LOOK_NS 20000 /* from one look to the next; the kernel's timer slack comes on top */
 
-static int64_t now(void)
-{
-    struct timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return (int64_t)time.tv_sec * 1000000000 + time.tv_nsec;
-}
-
 int pv_wait_word(const uint64_t *at, uint64_t least, int64_t timeout_ns)
 {
-    int64_t end = now() + timeout_ns;
+    int64_t end = (int64_t)now_ns() + timeout_ns;
     while (__atomic_load_n(at, __ATOMIC_RELAXED) < least) {
         struct timespec pause = {0, LOOK_NS};
-        if (now() >= end)
+        if ((int64_t)now_ns() >= end)
             return -ETIMEDOUT;
         nanosleep(&pause, NULL);
     }
@@ -31,11 +24,11 @@ int pv_wait_word(const uint64_t *at, uint64_t least, int64_t timeout_ns)
 
 int pv_wait_change(const uint64_t *at, int64_t timeout_ns)
 {
-    int64_t end = now() + timeout_ns;
+    int64_t end = (int64_t)now_ns() + timeout_ns;
     uint64_t first = __atomic_load_n(at, __ATOMIC_RELAXED);
     while (__atomic_load_n(at, __ATOMIC_RELAXED) == first) {
         struct timespec pause = {0, LOOK_NS};
-        if (now() >= end)
+        if ((int64_t)now_ns() >= end)
             return -ETIMEDOUT;
         nanosleep(&pause, NULL);
     }

@@ -2,12 +2,12 @@
  * fetches holds a block's lock, also while it waits for the other side. */
 #define _GNU_SOURCE
 #include "peer_inside.h"
+#include "clock.h"
 
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
-#include <time.h>
 
 #define WINDOW 32u     /* requests under way: their frames go into any socket's buffer, so that to send them never waits */
 #define STORE_PAGES 16u /* what a touch brings with PV_UNIT_STORE */
@@ -115,11 +115,7 @@ void pv_peer_end(struct pv_peer *peer, int error)
 
 int pv_peer_wait(struct pv_peer *peer, uint32_t milliseconds)
 {
-    struct timespec until;
-    clock_gettime(CLOCK_MONOTONIC, &until);
-    until.tv_nsec += milliseconds % 1000 * 1000000l;
-    until.tv_sec += milliseconds / 1000 + until.tv_nsec / 1000000000l;
-    until.tv_nsec %= 1000000000l;
+    struct timespec until = time_after(milliseconds * MILLISECOND_NS);
     pthread_mutex_lock(&peer->mutex);
     int late = 0;
     while (!late && peer->told.state == PV_PEER_CONNECTED)

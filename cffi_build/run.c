@@ -1,6 +1,7 @@
 /* run.c: the loop around KVM_RUN, and how other threads pause, kick and stop a vCPU. */
 #define _GNU_SOURCE
 #include "native.h"
+#include "clock.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -12,7 +13,6 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
 
 /* Interrupts KVM_RUN; its handler does nothing. The first real-time signal is left to the embedding program. */
@@ -53,19 +53,6 @@ static int futex_wait(uint32_t *word, uint32_t value, const struct timespec *dea
 
 static void futex_wake(uint32_t *word) { syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0); }
 
-static struct timespec deadline_in(int64_t timeout_ns)
-{
-    struct timespec deadline;
-    clock_gettime(CLOCK_MONOTONIC, &deadline);
-    deadline.tv_sec += timeout_ns / 1000000000;
-    deadline.tv_nsec += timeout_ns % 1000000000;
-    if (deadline.tv_nsec >= 1000000000) {
-        deadline.tv_sec++;
-        deadline.tv_nsec -= 1000000000;
-    }
-    return deadline;
-}
-
 /* On the vCPU's thread, outside KVM_RUN: whoever kicked it is told. */
 static void answer_kick(struct pv_vcpu *vcpu)
 {
@@ -81,13 +68,6 @@ static void set_place(struct pv_vcpu *vcpu, uint32_t place)
     /* release: pairs with the acquire in pv_wait_parked, so that whoever sees PARKED sees all the vCPU did before */
     __atomic_store_n(&vcpu->place, place, __ATOMIC_SEQ_CST);
     answer_kick(vcpu);
-}
-
-static uint64_t now_ns(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * 1000000000ull + (uint64_t)now.tv_nsec;
 }
 
 /* ns in which the vCPU's thread ran or was ready to, by the kernel (Documentation/scheduler/sched-stats.rst). */
@@ -258,7 +238,7 @@ void pv_kick(struct pv_vcpu *vcpu)
 
 int pv_wait_kicked(struct pv_vcpu *vcpu, int64_t timeout_ns)
 {
-    struct timespec deadline = deadline_in(timeout_ns);
+    struct timespec deadline = time_after((uint64_t)timeout_ns);
     while (__atomic_load_n(&vcpu->kicked, __ATOMIC_ACQUIRE))
         if (futex_wait(&vcpu->kicked, 1, timeout_ns < 0 ? NULL : &deadline) == -ETIMEDOUT)
             return -ETIMEDOUT;
@@ -267,7 +247,7 @@ int pv_wait_kicked(struct pv_vcpu *vcpu, int64_t timeout_ns)
 
 int pv_wait_parked(struct pv_vcpu *vcpu, int64_t timeout_ns)
 {
-    struct timespec deadline = deadline_in(timeout_ns);
+    struct timespec deadline = time_after((uint64_t)timeout_ns);
     for (;;) {
         /* acquire: pairs with set_place */
         uint32_t place = __atomic_load_n(&vcpu->place, __ATOMIC_ACQUIRE);

@@ -1,6 +1,7 @@
 /* stream.c: see stream.h. The bytes of a page are touched by the kernel's copy alone, and by the look for zeros. */
 #define _GNU_SOURCE
 #include "native.h"
+#include "clock.h"
 #include "zero.h"
 
 #include <errno.h>
@@ -10,7 +11,6 @@
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
-#include <time.h>
 
 #define PAGE 4096u
 #define BATCH 64           /* runs in one call of sendmsg, and at most twice as many pieces of memory */
@@ -19,13 +19,6 @@
 static const uint8_t MAGIC[4] = {0x93, 'P', 'V', 'M'};
 
 _Static_assert(sizeof(struct pv_run_frame) == PV_RUN_FRAME, "a frame is sent as it is in memory");
-
-static int64_t now(void)
-{
-    struct timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return (int64_t)time.tv_sec * 1000000000 + time.tv_nsec;
-}
 
 int pv_stream_wait(struct pv_stream *stream)
 {
@@ -44,7 +37,7 @@ int pv_stream_wait(struct pv_stream *stream)
 static int wait_for(const struct pv_stream *stream, short events, int64_t since)
 {
     for (;;) {
-        int64_t left = stream->timeout_ns < 0 ? -1 : since + stream->timeout_ns - now();
+        int64_t left = stream->timeout_ns < 0 ? -1 : since + stream->timeout_ns - (int64_t)now_ns();
         if (stream->timeout_ns >= 0 && left <= 0)
             return -ETIMEDOUT;
         int64_t milliseconds = left < 0 ? -1 : (left + 999999) / 1000000; /* not 0: it would spin in the last one */
@@ -61,7 +54,7 @@ static int wait_for(const struct pv_stream *stream, short events, int64_t since)
 static int after(const struct pv_stream *stream, short events, int64_t since)
 {
     if (errno == EINTR) /* of many signals none may put the end off */
-        return stream->timeout_ns >= 0 && now() - since >= stream->timeout_ns ? -ETIMEDOUT : 0;
+        return stream->timeout_ns >= 0 && (int64_t)now_ns() - since >= stream->timeout_ns ? -ETIMEDOUT : 0;
     if (errno != EAGAIN && errno != EWOULDBLOCK)
         return -errno;
     return stream->waits ? -ETIMEDOUT : wait_for(stream, events, since);
@@ -78,7 +71,7 @@ static void note(struct pv_stream *stream, const struct pv_run_frame *frame)
         stream->notes_lost++;
         return;
     }
-    stream->notes[stream->notes_used++] = (struct pv_noted){.at = (uint64_t)now(), .frame = *frame};
+    stream->notes[stream->notes_used++] = (struct pv_noted){.at = now_ns(), .frame = *frame};
 }
 
 static uint64_t sum_of(const struct pv_run_frame *frame)
@@ -105,7 +98,7 @@ struct batch {
 /* Sends all pieces, whatever the kernel takes at once. */
 static int send_pieces(struct pv_stream *stream, struct iovec *piece, size_t pieces)
 {
-    int64_t since = now();
+    int64_t since = (int64_t)now_ns();
     while (pieces) {
         struct msghdr message = {.msg_iov = piece, .msg_iovlen = pieces};
         ssize_t sent = sendmsg(stream->fd, &message, MSG_NOSIGNAL | call_flags(stream));
@@ -116,7 +109,7 @@ static int send_pieces(struct pv_stream *stream, struct iovec *piece, size_t pie
             continue;
         }
         stream->wire_bytes += (uint64_t)sent;
-        since = now();
+        since = (int64_t)now_ns();
         size_t left = (size_t)sent;
         while (pieces && left >= piece->iov_len) {
             left -= piece->iov_len;
@@ -254,7 +247,7 @@ static void settle_ahead(struct pv_stream *stream)
 /* Receives `size` bytes to `to`, and perhaps some of the frames that follow. begun: it is an error that nothing comes. */
 static int receive(struct pv_stream *stream, uint8_t *to, size_t size, bool begun)
 {
-    int64_t since = now();
+    int64_t since = (int64_t)now_ns();
     size_t had = ahead(stream) < size ? ahead(stream) : size;
     memcpy(to, stream->ahead + stream->ahead_at, had);
     stream->ahead_at += (uint32_t)had;
@@ -273,7 +266,7 @@ static int receive(struct pv_stream *stream, uint8_t *to, size_t size, bool begu
                 return error;
             continue;
         }
-        since = now();
+        since = (int64_t)now_ns();
         stream->wire_bytes += (uint64_t)came;
         size_t own = (size_t)came < size - got ? (size_t)came : size - got;
         stream->ahead_used = (uint32_t)((size_t)came - own);

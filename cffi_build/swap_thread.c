@@ -1,9 +1,9 @@
 /* swap_thread.c: the queue of blocks that are to be written, the threads that write them, and who has pages go out. */
 #define _GNU_SOURCE
 #include "swap_inside.h"
+#include "clock.h"
 
 #include <signal.h>
-#include <time.h>
 
 #define IDLE_NS 500000000 /* without anything to write, after which disk space is given back */
 
@@ -63,20 +63,11 @@ void queue_give(struct pv_swap *swap, uint64_t block, bool waits)
 
 /* ---- the threads ---- */
 
-static void time_from_now(struct timespec *until, uint64_t nanoseconds)
-{
-    clock_gettime(CLOCK_MONOTONIC, until);
-    nanoseconds += (uint64_t)until->tv_nsec;
-    until->tv_sec += (time_t)(nanoseconds / 1000000000);
-    until->tv_nsec = (long)(nanoseconds % 1000000000);
-}
-
 /* What there is to do next; where disk space can be given back, that comes after some time without anything to write. */
 static enum todo wait_for_work(struct pv_swap *swap)
 {
-    struct timespec until;
+    struct timespec until = time_after(IDLE_NS);
     int late = 0;
-    time_from_now(&until, IDLE_NS);
     pthread_mutex_lock(&swap->mutex);
     while (!swap->ending && !swap->told.queued && !late)
         late = swap->loosened && !swap->no_holes ? pthread_cond_timedwait(&swap->work, &swap->mutex, &until)
@@ -158,8 +149,7 @@ void pv_swap_retry(struct pv_swap *swap)
 
 int pv_swap_wait(struct pv_swap *swap, uint64_t most, uint32_t milliseconds)
 {
-    struct timespec until;
-    time_from_now(&until, (uint64_t)milliseconds * 1000000);
+    struct timespec until = time_after(milliseconds * MILLISECOND_NS);
     pthread_mutex_lock(&swap->mutex);
     while (swap->told.queued + swap->busy > most && !swap->ending &&
            pthread_cond_timedwait(&swap->news, &swap->mutex, &until) != ETIMEDOUT)

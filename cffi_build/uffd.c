@@ -2,22 +2,17 @@
  * of RAM are registered. */
 #define _GNU_SOURCE
 #include "engine_inside.h"
+#include "clock.h"
 
 #include <errno.h>
 #include <sched.h>
 #include <string.h>
 #include <sys/ioctl.h>
-#include <time.h>
 
 #define PATIENCE_NS 2000000000ull /* with EAGAIN: whoever changes the mapping should be through long before */
 #define BUSY_NS 5000000ull        /* with EBUSY: the kernel may hold a page for the moment, or for long */
 
-uint64_t pv_now(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * 1000000000ull + (uint64_t)now.tv_nsec;
-}
+uint64_t pv_now(void) { return now_ns(); }
 
 /* After an ioctl failed: has it done a part, or is it worth another try? Else -errno. */
 static int another_try(struct pv_engine *engine, int error, int64_t part, uint64_t *done, uint64_t *since)

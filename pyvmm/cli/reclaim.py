@@ -7,8 +7,8 @@ import os
 import sys
 
 from pyvmm.errors import BadInput
-from pyvmm.layout import format_size, parse_size
-from pyvmm.memory.reclaim.reclaimer import LEAST, POLICY
+from pyvmm.layout import parse_size
+from pyvmm.memory.reclaim.reclaimer import check_limit
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 def check(args: Arguments) -> None:
     """Raises BadInput for what cannot be meant."""
     if args.limit is not None:
-        if parse_size(args.limit) < LEAST:
-            raise BadInput(f"--limit {args.limit}: a VM needs at least {format_size(LEAST)} of memory")
+        check_limit(parse_size(args.limit), "--limit ")
     elif args.policy is not None and args.swap is None:
         raise BadInput("--policy says who chooses what goes, --limit SIZE must say how much may stay")
     if args.policy is not None:
@@ -33,7 +32,7 @@ def ready(vm: VM, args: Arguments) -> None:
     """A swap as the options say. What goes wrong later is told on stderr, in a line. Raises BadInput, HostError."""
     path, size = place(args.swap)
     compress = None if args.swap_compress == "none" else args.swap_compress
-    reclaimer = vm.memory.reclaim(path, size, compress, args.policy or POLICY)
+    reclaimer = vm.memory.reclaim(path, size, compress, args.policy)
     reclaimer.on_trouble = lambda text: print(f"pyvmm: {text}", file=sys.stderr, flush=True)
 
 

@@ -13,6 +13,7 @@ from pyvmm.cli.output import Output
 from pyvmm.control.client import Client
 from pyvmm.errors import BadInput, ControlError
 from pyvmm.layout import PAGE_SIZE, format_size, parse_size
+from pyvmm.memory.reclaim.policy import absolute
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ def run(args: Arguments) -> int:
 def _asked(args: Arguments) -> dict[str, object]:
     if args.target == "none":
         return {"off": True, "policy": args.policy}
-    return {"target": None if args.target is None else parse_size(args.target), "policy": args.policy}
+    policy = None if args.policy is None else absolute(args.policy)
+    return {"target": None if args.target is None else parse_size(args.target), "policy": policy}
 
 
 def _show(client: Client, found: dict[str, Any], live: bool) -> None:

@@ -23,6 +23,9 @@ def change(memory: GuestMemory, target: int | None, policy: str | None, off: boo
             raise BadInput(f"this VM has the policy {memory.reclaimer.policy} since it was first given a limit")
         if target is None:
             raise BadInput("a policy chooses what goes: say with a target how much may stay")
+        from pyvmm.memory.reclaim.reclaimer import check_limit
+
+        check_limit(target)
         memory.reclaim(policy=policy)
     if off:
         memory.limit = None

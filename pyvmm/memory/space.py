@@ -125,7 +125,7 @@ class GuestMemory:
         swap: str | None = None,
         size: int | None = None,
         compress: str | None = None,
-        policy: str = "activity",
+        policy: str | None = None,
         seed: int = 0,
     ) -> Reclaimer:
         """Makes ready what keeps a limit, once. swap, compress: where pages go, see Swap; size: of that, in bytes; by

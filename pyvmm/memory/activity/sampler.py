@@ -274,6 +274,11 @@ class Sampler:
             return SamplerCounts(self._native, self._refused, self._failed, self._held)
 
     @property
+    def missing(self) -> str:
+        """Why the host cannot sample, as its thread found; or nothing."""
+        return str(self._error) if isinstance(self._error, HostError) else ""
+
+    @property
     def watched(self) -> list[int]:
         """Blocks that are sampled now."""
         return list(self._running)

@@ -1,5 +1,5 @@
 # live.py: what a policy sees of a VM that runs: the page map, looked at at times. Units: small pages, blocks of 512.
-"""`LiveView`: a View kept by the page map. `Told`: a policy of which only those methods are called that it has."""
+"""`LiveView`: a View kept by the page map."""
 
 from __future__ import annotations
 
@@ -8,16 +8,13 @@ import time
 import numpy as np
 
 from pyvmm._native import lib
-from pyvmm.memory.reclaim.policy import BLOCK_PAGES, Policy, View
+from pyvmm.memory.reclaim.policy import BLOCK_PAGES, View
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from numpy.typing import NDArray
 
     from pyvmm.memory.engine import Engine
-    from pyvmm.memory.reclaim.policy import Victim
 
 _NOT_LARGE = lib.PV_BLOCK_SMALL | lib.PV_BLOCK_BROKEN | 0x3FF << lib.PV_BLOCK_AWAY_SHIFT
 
@@ -77,31 +74,3 @@ class LiveView(View):
             return 0
         words = self._words[block * BLOCK_PAGES : (block + 1) * BLOCK_PAGES]
         return int(((words & np.uint64(lib.PV_PAGE_HOME)) == lib.PV_HOME_ASIDE).sum())
-
-
-class Told:
-    """A policy, and what it is told: nothing that it has no method for, since there are many pages."""
-
-    def __init__(self, kind: type[Policy], view: LiveView) -> None:
-        self.policy = kind(view)
-        self._has = {name: getattr(kind, name) is not getattr(Policy, name) for name in ("came", "left", "touched")}
-
-    def changed(self, came: NDArray[np.int64], left: NDArray[np.int64], touched: bool) -> None:
-        """Pages that have come, and gone. touched: those that came did so because the guest touched them."""
-        if self._has["left"]:
-            for page in left.tolist():
-                self.policy.left(page)
-        for page in came.tolist() if self._has["came"] or (touched and self._has["touched"]) else ():
-            self.policy.came(page)
-            if touched:
-                self.policy.touched(page, False)
-
-    def gone(self, pages: range) -> None:
-        """Its victims have been taken."""
-        if self._has["left"]:
-            for page in pages:
-                self.policy.left(page)
-
-    def victims(self, wanted: int) -> Iterator[Victim]:
-        """See Policy."""
-        return iter(self.policy.victims(wanted))

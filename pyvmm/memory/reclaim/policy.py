@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from random import Random
 
 from pyvmm.errors import BadInput
@@ -104,6 +105,12 @@ def find(name: str) -> type[Policy]:
     from pyvmm.memory.reclaim.policies import POLICIES
 
     return find_class(name, POLICIES, Policy, "victims")
+
+
+def absolute(name: str) -> str:
+    """The name of a policy that means the same in a process with another working directory."""
+    path, colon, class_name = name.rpartition(":")
+    return os.path.abspath(path) + colon + class_name if path else name
 
 
 def find_class(name: str, known: Mapping[str, type[Kind]], base: type[Kind], method: str) -> type[Kind]:

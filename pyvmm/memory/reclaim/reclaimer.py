@@ -7,22 +7,22 @@ from __future__ import annotations
 import threading
 import time
 from contextlib import suppress
+from weakref import WeakSet
 
 from pyvmm._native import ffi, lib
-from pyvmm.errors import BadInput, HostError, MemoryAccessError, check
+from pyvmm.errors import BadInput, HostError, MemoryAccessError, PyvmmError, check
 from pyvmm.layout import MIB, PAGE_SIZE, format_size
-from pyvmm.memory.reclaim.live import LiveView, Told
-from pyvmm.memory.reclaim.policies import Clock
-from pyvmm.memory.reclaim.policy import BLOCK_PAGES, Block, Share, broken, find
+from pyvmm.memory.reclaim.chooser import Chooser
+from pyvmm.memory.reclaim.live import LiveView
+from pyvmm.memory.reclaim.policy import BLOCK_PAGES, broken, find
 from pyvmm.memory.reclaim.senses import Senses
 from pyvmm.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from pyvmm.memory import GuestMemory
-    from pyvmm.memory.reclaim.policy import Policy, Victim
     from pyvmm.memory.swap import Swap
 
 LEAST = 8 * MIB
@@ -39,21 +39,28 @@ _BATCH = 4096
 """Pages taken out between two looks at how much is left."""
 _TICK_MS = 100
 _RETRY_SECONDS = 1.0
-_IN_USE = "nothing more can leave memory: it is in use"
+_sharing: WeakSet[Reclaimer] = WeakSet()
+"""Those that gave pages to the kernel, to be merged."""
+
+
+def check_limit(limit: int, name: str = "a limit of ") -> None:
+    """Raises BadInput for a limit that no VM can live in. name: what the user calls it."""
+    if limit < LEAST:
+        raise BadInput(f"{name}{format_size(limit)}: a VM needs at least {format_size(LEAST)} of memory")
 
 
 class ReclaimCounts(Record):
-    """limit, resident, aside: bytes; limit is None where there is none. Pages since the beginning: taken out of the
-    guest, and of these, spared: back before they were written. waits: faults that waited for room, `seconds` in all,
-    `longest` of one; overruns: of these, went on without. policy: its name. trouble: why no more can go, or "".
+    """limit, resident, aside, merged: bytes; limit is None where there is none, merged is in the guest and takes no
+    memory of its own. Pages since the beginning: taken out of the guest, and of these, spared: back before they were
+    written. waits: faults that waited for room, `seconds` in all, `longest` of one; overruns: of these, went on
+    without. policy: its name. trouble: why no more can go, or "".
     """
 
-    __slots__ = (
-        "aside", "limit", "longest", "overruns", "policy", "resident", "seconds", "spared", "taken", "trouble", "waits",
-    )  # fmt: skip
+    __slots__ = ("aside", "limit", "longest", "merged", "overruns", "policy", "resident", "seconds", "spared", "taken",
+                 "trouble", "waits")  # fmt: skip
 
-    def __init__(self, limit: int | None, resident: int, aside: int, policy: str, trouble: str) -> None:
-        self.limit, self.resident, self.aside = limit, resident, aside
+    def __init__(self, limit: int | None, resident: int, merged: int, aside: int, policy: str, trouble: str) -> None:
+        self.limit, self.resident, self.merged, self.aside = limit, resident, merged, aside
         self.policy, self.trouble = policy, trouble
         self.taken = self.spared = self.waits = self.overruns = 0
         self.seconds = self.longest = 0.0
@@ -71,28 +78,29 @@ class Reclaimer:
 
     Raises BadInput for a policy that is none. seed: of what the policy has at random.
     A policy that raises, or gives what is no page, is told of in `trouble`, and `clock` takes its place. Where nothing
-    can go any more (the swap is full, the disk fails), that is told there too, the VM keeps more than the limit, and it
-    is tried again every second. on_trouble is called with each such line, on the reclaimer's thread.
+    can go any more (the swap is full, the disk or the kernel fails), that is told there too, the VM keeps more than the
+    limit, and it is tried again every second. on_trouble is called with each such line, on the reclaimer's thread.
     """
 
-    def __init__(self, memory: GuestMemory, swap: Swap, policy: str = POLICY, seed: int = 0) -> None:
+    def __init__(self, memory: GuestMemory, swap: Swap, policy: str | None = None, seed: int = 0) -> None:
         self.on_trouble: Callable[[str], None] | None = None
         self.swap = swap
-        self.policy = policy
-        self.trouble = ""
         self._memory, self._engine = memory, memory.engine
-        self._kind: type[Policy] = find(policy)
-        self._seed = seed
+        self._troubles: dict[str, str] = {}  # by what has them
+        kind = find(policy or POLICY)
+        self._view = LiveView(self._engine, 1, seed)
+        self._chooser = Chooser(kind, policy or POLICY, self._view, lambda text: self._say("policy", text))
         self._limit: int | None = None
         self._set = _NEVER, _NEVER  # what C knows: pages above which faults wait, and above which reclaim begins
         self._changing = threading.Lock()
+        self._working = threading.RLock()  # held while something is taken out: on_trouble() may lift the limit
         self._news = threading.Condition()
         self._thread: threading.Thread | None = None
         self._ending = False
         self._over = threading.Event()
         self._taken = 0
         self._before = swap.stats().out
-        self._senses = Senses(memory, self._kind, self._free)
+        self._senses = Senses(memory, kind, self._free)
         self._shares = False  # were pages given to the kernel, to be merged?
         self._waiting: dict[int, None] = {}  # blocks of which something is aside, the oldest first
         self._tried = 0.0
@@ -104,34 +112,42 @@ class Reclaimer:
     def limit(self) -> int | None:
         """Bytes of the guest's RAM that may take memory of the host; None: all of it.
 
-        To set it returns at once; raises BadInput for one below LEAST. What is away stays so until it is touched.
+        To set it returns at once; raises BadInput for one below LEAST. Once it is lifted nothing more goes, and what is
+        away stays so until it is touched.
         """
         return self._limit
 
     @limit.setter
     def limit(self, limit: int | None) -> None:
-        if limit is not None and limit < LEAST:
-            raise BadInput(f"a limit of {format_size(limit)}: a VM needs at least {format_size(LEAST)} of memory")
+        if limit is None:
+            self._lift()
+            return
+        check_limit(limit)
         with self._changing:
             if self._ending:
                 raise MemoryAccessError("the VM is closed: its memory is gone")
-            if limit is None:
-                self._limit = None
-                self._engine.tell(lib.pv_limit_set, _NEVER, _NEVER)
-                self._senses.stop()
-                return
             before = self._limit
             if before is None:
                 check(self._engine.call(lib.pv_limit_begin), "UFFDIO_REGISTER")
             self._limit = limit
             self._set = _NEVER, _NEVER
-            self._lower(self._engine.call(lib.pv_limit_resident, equip=False))
+            self._lower(self._used())
             if before is None:
                 self._senses.start()
             if self._thread is None:
                 self._memory.before_end(self._end)
                 self._thread = threading.Thread(target=self._run, name="reclaim", daemon=True)
                 self._thread.start()
+
+    def _lift(self) -> None:
+        with self._changing:
+            if self._ending:
+                raise MemoryAccessError("the VM is closed: its memory is gone")
+            self._limit = None
+            self._engine.tell(lib.pv_limit_set, _NEVER, _NEVER)
+        with self._working, self._changing:  # who was about to take something out is through with that
+            if self._limit is None:
+                self._senses.stop()
 
     def _lower(self, resident: int) -> None:
         """Has faults wait above the limit; while it is being reached, above what is resident now: else the first of
@@ -151,7 +167,10 @@ class Reclaimer:
             return 0
         from pyvmm.memory.sharing.ksm import freed_here
 
-        return freed_here()
+        try:
+            return freed_here() // len(_sharing)  # the kernel tells it by process
+        except HostError:
+            return 0
 
     def _free(self) -> float:
         limit = self._limit
@@ -161,7 +180,9 @@ class Reclaimer:
         """How it stands."""
         told = ffi.new("struct pv_limit_told *")
         self._engine.tell(lib.pv_limit_look, told)
-        counts = ReclaimCounts(self._limit, self._resident(), self._aside() * PAGE_SIZE, self.policy, self.trouble)
+        merged, aside = self._merged() * PAGE_SIZE, self._aside() * PAGE_SIZE
+        resident = self._used() * PAGE_SIZE - merged
+        counts = ReclaimCounts(self._limit, resident, merged, aside, self.policy, self.trouble)
         counts.taken = self._taken
         counts.spared = max(0, self._taken - (self.swap.stats().out - self._before) - self._aside())
         counts.waits, counts.overruns = int(told.waits), int(told.overruns)
@@ -184,9 +205,13 @@ class Reclaimer:
                 self._news.wait(left)
         return True
 
+    def _used(self) -> int:
+        """Pages in the guest, and aside."""
+        return int(self._engine.call(lib.pv_limit_resident, equip=False))
+
     def _resident(self) -> int:
         """Bytes."""
-        return PAGE_SIZE * (int(self._engine.call(lib.pv_limit_resident, equip=False)) - self._merged())
+        return PAGE_SIZE * (self._used() - self._merged())
 
     # ---- the thread ----
 
@@ -203,54 +228,76 @@ class Reclaimer:
 
     def _run(self) -> None:
         with suppress(MemoryAccessError):  # the VM is closed
-            self._view = LiveView(self._engine, 1, self._seed)
-            self._told = Told(self._kind, self._view)
-            self._tell(touched=False)
+            self._chooser.look(self._senses, touched=False)
             while not self._ending:
                 above = self._engine.call(lambda native: lib.pv_limit_wait(native, _TICK_MS), equip=False)
-                self._retry()
-                if above and self._limit is not None:
-                    self._shrink(self._limit // PAGE_SIZE + self._merged())
-                    if self._since is not None:
-                        self._over.wait(_TICK_MS / 1000)
+                try:
+                    self._tick(bool(above))
+                except MemoryAccessError:
+                    raise
+                except Exception as error:  # whatever it is, faults must not wait for us
+                    self._engine.tell(lib.pv_limit_stuck, True)
+                    self._say("kernel", str(error) if isinstance(error, PyvmmError) else broken(error))
+                    self._over.wait(_TICK_MS / 1000)
                 with self._news:
                     self._news.notify_all()
 
-    def _tell(self, touched: bool = True) -> None:
-        came, left = self._view.look()
-        try:
-            self._told.changed(came, left, touched)
-            self._senses.tell(self._told.policy)
-        except Exception as error:
-            self._replace(error)
+    def _tick(self, above: bool) -> None:
+        self._retry()
+        if not above:
+            return
+        self._shrink()
+        self._troubles.pop("kernel", None)
+        if self._since is not None:
+            self._over.wait(_TICK_MS / 1000)
+
+    def _look(self, touched: bool = True) -> None:
+        self._chooser.look(self._senses, touched)
         while self._senses.cold:
-            self._put_last(self._senses.cold.popleft())
+            block = self._senses.cold.popleft()
+            self._taken += self._view.aside_of(block)
+            self._put_last(block)
+        if missing := self._senses.missing():
+            self._say("senses", f"policy {self.policy} is not told how active blocks are: {missing}")
 
     def _put_last(self, block: int) -> None:
         self._waiting.pop(block, None)
         self._waiting[block] = None
 
-    def _shrink(self, limit: int) -> None:
+    def _shrink(self) -> None:
         """Until enough room is free."""
-        view = self._view
-        view.limit = limit
         self._senses.press()
-        with self._changing:  # the kernel may have merged more, or less, since the last time
-            self._lower(view.measure())
-        target = limit - _ROOM - limit // _STEP
-        self._tell()
-        vain, enough = 0, 2 * view.pages  # victims in a row that stayed: a policy may come by all that is in use first
-        while not self._ending and self._limit is not None and view.measure() > target and vain < enough:
-            before, chosen, gone = view.used, 0, 0
-            over = view.used - target
-            aside = self._aside()
-            if aside < over + limit // _CHANCE:
-                chosen, gone = self._take(min(over + limit // _CHANCE - aside, _BATCH))
-            self._write(over)
-            vain = 0 if gone or view.measure() < before else vain + (chosen or enough)
+        self._look()
+        vain = 0
+        while not self._ending and (vain := self._step(vain)) >= 0:
+            if vain >= 2 * self._view.pages:  # a policy may come by all that is in use first
+                break
+        self._stuck(vain > 0)
+
+    def _step(self, vain: int) -> int:
+        """Takes some out, if there is too little room. vain: victims in a row that have stayed; returns how many now,
+        or -1 where there is room enough, or no limit any more."""
+        view = self._view
+        with self._working:
+            limit = self._limit
+            if limit is None:
+                return -1
+            view.limit = limit // PAGE_SIZE + self._merged()  # the kernel may have merged more, or less, by now
+            before = view.measure()
             with self._changing:
-                self._lower(view.used)
-        self._stuck(vain >= enough)
+                self._lower(before)
+            over = before - (view.limit - _ROOM - view.limit // _STEP)
+            if over <= 0:
+                return -1
+            given = gone = 0
+            aside = self._aside()
+            wanted = over + view.limit // _CHANCE - aside
+            if wanted > 0:
+                given, gone = self._take(min(wanted, _BATCH))
+            self._write(over)
+            if gone or view.measure() < before:
+                return 0
+            return vain + (given or 2 * view.pages)
 
     def _aside(self) -> int:
         """Pages that are aside to go out; those of sampled blocks are in use."""
@@ -260,59 +307,28 @@ class Reclaimer:
 
     def _take(self, wanted: int) -> tuple[int, int]:
         """Has so many pages go aside, or as many as the policy gives. How many it gave, and how many went."""
-        runs: list[tuple[int, int]] = []
-        chosen = 0
-        try:
-            for victim in self._told.victims(wanted):
-                if isinstance(victim, Share):
-                    chosen += self._share(victim)
-                for first, count in self._pages(victim):
-                    self._view.gone(first, count)
-                    self._told.gone(range(first, first + count))
-                    runs.append((first, count))
-                    chosen += count
-                if chosen >= wanted:
-                    break
-        except Exception as error:
-            self._replace(error)
+        runs, given = self._chooser.choose(wanted, self._share)
         if not runs:
-            return 0, 0
+            return given, 0
         native = ffi.new("struct pv_run_pages[]", _joined(runs))
         gone = self._engine.call(lib.pv_engine_remove_runs, native, len(native))
         check(min(gone, 0), "UFFDIO_MOVE", runs=len(native))
         for first, _ in runs:
             self._put_last(first // BLOCK_PAGES)
         self._taken += gone
-        self._tell(touched=False)  # what was in use has stayed
-        return chosen, gone
+        self._look(touched=False)  # what was in use has stayed
+        return given, gone
 
-    def _pages(self, victim: Victim) -> Iterator[tuple[int, int]]:
-        """Runs of what a victim is. Raises BadInput for what is none."""
-        view = self._view
-        if isinstance(victim, Share):
-            return
-        if isinstance(victim, Block):
-            self._require_block(victim.number)
-            first = victim.number * BLOCK_PAGES
-            yield first, min(BLOCK_PAGES, view.pages - first)
-        elif isinstance(victim, int) and 0 <= victim < view.pages and view.resident[victim]:
-            yield victim, 1
-        else:
-            raise BadInput(f"{victim!r} is no page in memory, and cannot leave it")
-
-    def _require_block(self, block: int) -> None:
-        if not isinstance(block, int) or not 0 <= block < self._view.blocks:
-            raise BadInput(f"block {block!r}: the VM has {self._view.blocks}")
-
-    def _share(self, victim: Share) -> int:
+    def _share(self, block: int) -> int:
         """Technique T5: breaks the block, drops its zeros, and lets the kernel merge the others, if it does that. How
         many pages went; those that are merged count when that is done."""
         from pyvmm.memory.sharing.sharer import mark_unless_in_use
 
-        self._require_block(victim.number)
-        gone = mark_unless_in_use(self._engine, victim.number)
+        gone = mark_unless_in_use(self._engine, block)
+        if gone is not None:
+            _sharing.add(self)
         self._shares = self._shares or gone is not None
-        self._view.large[victim.number] = 0
+        self._view.large[block] = 0
         return gone or 0
 
     def _write(self, wanted: int) -> None:
@@ -326,7 +342,7 @@ class Reclaimer:
         try:
             self.swap.drain()
         except HostError as error:
-            self._say(str(error))
+            self._say("swap", str(error))
 
     def _retry(self) -> None:
         now = time.monotonic()
@@ -335,19 +351,20 @@ class Reclaimer:
         self._tried = now
         if self.swap.stats().behind:
             self.swap.retry()
-        elif self.trouble and not self.trouble.startswith("policy"):
-            self.trouble = ""
+        else:
+            self._troubles.pop("swap", None)
 
     # ---- where it goes wrong ----
 
-    def _replace(self, error: Exception) -> None:
-        """A policy that fails is a student's, more often than not: the VM goes on, and `clock` chooses."""
-        path = getattr(self._kind.victims, "__code__", None)
-        text = str(error) if isinstance(error, BadInput) else broken(error, path.co_filename if path else "")
-        self._kind = Clock
-        self._told = Told(Clock, self._view)
-        self._say(f"policy {self.policy}: {text}: clock goes on in its place")
-        self.policy = "clock"
+    @property
+    def policy(self) -> str:
+        """The name of who chooses."""
+        return self._chooser.name
+
+    @property
+    def trouble(self) -> str:
+        """Why no more can go, or what else is wrong; or nothing."""
+        return "; ".join(list(self._troubles.values()))
 
     def _stuck(self, stuck: bool) -> None:
         """Pages that are in use for a while, as by a save, are no trouble yet."""
@@ -355,16 +372,15 @@ class Reclaimer:
         now = time.monotonic()
         if not stuck:
             self._since = None
-            if self.trouble == _IN_USE:
-                self.trouble = ""
+            self._troubles.pop("use", None)
         elif self._since is None:
             self._since = now
-        elif now - self._since > _RETRY_SECONDS and not self.trouble:
-            self._say(_IN_USE)
+        elif now - self._since > _RETRY_SECONDS and not self._troubles:
+            self._say("use", "nothing more can leave memory: it is in use")
 
-    def _say(self, text: str) -> None:
-        if text != self.trouble:
-            self.trouble = text
+    def _say(self, what: str, text: str) -> None:
+        if text != self._troubles.get(what):
+            self._troubles[what] = text
             if self.on_trouble is not None:
                 self.on_trouble(text)
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 
+from pyvmm.errors import HostError
 from pyvmm.layout import PAGE_SIZE
 from pyvmm.memory.activity import Sampler, WorkingSet
 from pyvmm.memory.reclaim.policy import BLOCK_PAGES, Policy
@@ -59,9 +61,14 @@ class Senses:
     def stop(self) -> None:
         """Until start()."""
         if self._sampler is not None:
-            self._sampler.stop()
+            with suppress(HostError):  # see missing()
+                self._sampler.stop()
         if self._scanner is not None:
             self._scanner.stop()
+
+    def missing(self) -> str:
+        """Why nobody samples, where the kernel does not allow it; or nothing."""
+        return "" if self._sampler is None else self._sampler.missing
 
     def press(self) -> None:
         """Memory is short."""

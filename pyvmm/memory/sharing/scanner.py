@@ -76,6 +76,7 @@ class Scanner:
         self._sharable: float | None = None
         self._end = threading.Event()
         self._thread: threading.Thread | None = None
+        memory.before_end(self.stop)
 
     def __enter__(self) -> Self:
         self.start()
@@ -124,7 +125,6 @@ class Scanner:
         if self._thread is not None:
             return
         self._end.clear()
-        self._memory.before_end(self.stop)
         self._thread = threading.Thread(target=self._run, name="sharing scanner", daemon=True)
         self._thread.start()
 
