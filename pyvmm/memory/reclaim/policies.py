@@ -81,8 +81,8 @@ class Clock(Policy):
 class Activity(Clock):
     """What was not touched in the last window, from blocks of which least was (technique T8, US9501422B2).
 
-    A block that nobody touched goes whole, as does once each one that was not watched yet; one of low activity is
-    broken, and its other pages go. When nothing is left of all that, as Clock.
+    A block that nobody touched goes whole; one of low activity is broken, and its other pages go. When nothing is left
+    of all that, as Clock, whose hand spares once what a window has shown to be touched.
     """
 
     def __init__(self, view: View) -> None:
@@ -90,21 +90,19 @@ class Activity(Clock):
         self._seen: dict[int, int] = {}
         self._order: Iterator[Victim] = self._ordered()
 
-    def came(self, page: int) -> None:
-        """See Policy: touched since the last window, and so no victim before the next one."""
-        block = page // BLOCK_PAGES
-        if block in self._seen:
-            self._seen[block] |= 1 << page % BLOCK_PAGES
-
     def sampled(self, block: int, touched: int) -> None:
         """See Policy."""
-        self._seen[block] = touched
+        self._seen[block] = touched.bit_count()
         self._order = self._ordered()
+        first = block * BLOCK_PAGES
+        while touched:
+            lowest = touched & -touched
+            self._touched[first + lowest.bit_length() - 1] = 1
+            touched ^= lowest
 
     def activity(self, block: int) -> int:
-        """Small pages touched in the last window, and since; a block that was not watched counts as a lukewarm one."""
-        touched = self._seen.get(block)
-        return _HOT - 1 if touched is None else touched.bit_count()
+        """Small pages touched in the last window; a block that was not watched counts as a lukewarm one."""
+        return self._seen.get(block, _HOT - 1)
 
     def victims(self, wanted: int) -> Iterator[Victim]:
         """See Policy. Goes on where it stopped: what came back since then was touched since then."""
@@ -113,21 +111,20 @@ class Activity(Clock):
         yield from super().victims(wanted)
 
     def _ordered(self) -> Iterator[Victim]:
-        tie = self.view.random.random
-        order = sorted((self.activity(block), tie(), block) for block in range(self.view.blocks))
+        tie, view = self.view.random.random, self.view
+        order = sorted((self.activity(block), tie(), block) for block in range(view.blocks))
         for activity, _, block in order:
             if activity >= _HOT:
                 return
-            if self._seen.get(block):
-                yield from self._untouched(block)
-            elif self.view.present[block]:
+            first, end = block * BLOCK_PAGES, min((block + 1) * BLOCK_PAGES, view.pages)
+            if view.present[block] and self._touched.find(1, first, end) < 0:
                 yield Block(block)
-
-    def _untouched(self, block: int) -> Iterator[Victim]:
-        first, touched = block * BLOCK_PAGES, self._seen[block]
-        for place in range(min(BLOCK_PAGES, self.view.pages - first)):
-            if not touched >> place & 1 and self.view.resident[first + place]:
-                yield first + place
+                continue
+            page = view.resident.find(1, first, end)
+            while page >= 0:
+                if not self._touched[page]:
+                    yield page
+                page = view.resident.find(1, page + 1, end)
 
 
 class SharingFirst(Activity):
