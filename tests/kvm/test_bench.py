@@ -122,6 +122,9 @@ RESULTS = {
         ("guests started a second", "VMM processes"),
         ("a VMM process, of many", "anonymous"),
         ("a VM of one process", "all"),
+        ("by RAM: limit, the first", "64M"),
+        ("64M / 32M of RAM", "VM()"),
+        ("a GiB of RAM more", "snapshot, untouched: its file"),
     ],
     "swap": [
         ("out: random data", "swap, unchanged"),
