@@ -65,6 +65,7 @@ RESULTS = {
     "restore": [
         ("VM.restore() to the guest's first work", "16M"),
         ("VM() alone", "8M"),
+        ("16M of random data, warm file: exec to the guest's first byte", "pyvmm restore --lazy"),
         ("dense writes, warm file", "pread() of as much"),
         ("1 page in 64, reads, warm file", "lazy, fill none"),
     ],
@@ -75,6 +76,7 @@ RESULTS = {
     "streams": [
         ("", "send() and recv(), TCP"),
         ("", "page runs read out of the source"),
+        ("", "memcpy()"),
     ],
     "migrate": [
         ("16M of random data: the round", "process_vm_readv()"),

@@ -55,7 +55,7 @@ def all_out(machine, swap):
 
 
 def refers(machine, least=20):
-    """Has blocks of its disk refer to a new swap, which is returned with the guest paused. Its memory is of small pages:
+    """Has blocks of its disk refer to a new swap, which is returned with the guest paused. Its memory has small pages:
     of a block that has all gone, a touch would bring all, and little of what the guest writes out would be away."""
     assert machine.memory.backing == "4k"
     until(lambda: machine.progress().count >= FRAMES, "a guest that writes out what it touches")
