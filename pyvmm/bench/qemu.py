@@ -1,5 +1,5 @@
-# qemu.py: the same guests under QEMU, moved from one QEMU process to another, saved and restored: the peer that ours are
-# compared with. Units: bytes, seconds.
+# qemu.py: the same guests under QEMU, moved from one QEMU process to another, saved and restored: the peer to compare
+# ours with. Units: bytes, seconds.
 """`Qemu`: a microvm, told what to do by QMP."""
 
 from __future__ import annotations

@@ -209,7 +209,6 @@ def measure(quick: bool = False) -> list[Result]:
     with ExitStack() as stack:
         pair = Pair(stack, size)
         sides: dict[str, Callable[[], float]] = {
-            name: lambda way=way: pair.speed(*way)  # type: ignore[misc]
-            for name, way in (LIMITS | RUNS).items()
+            name: lambda way=way: pair.speed(*way) for name, way in (LIMITS | RUNS).items()
         } | {"memcpy()": copying(size)}
         return alternate(sides, "GB/s", rounds)
