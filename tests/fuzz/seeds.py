@@ -320,7 +320,7 @@ def _swap_disks() -> list[bytes]:
     size, status = 2 * PAGE_SIZE, (0x33000, 1, 2)
 
     def write(sector: int, size: int, value: int) -> tuple:
-        return (0, (0x30000, 16, 0, (1, sector)), (0x80000, size, 0, (value, value)), status)
+        return (0, (0x30000, 16, 0, (1, sector)), (0x60000, size, 0, (value, value)), status)
 
     flush = (0, (0x30000, 16, 0, (4, 0)), status)
     zeroes = (0, (0x30000, 16, 0, (13, 0)), (0x31000, 16, 0, (24, 16)), status)

@@ -14,12 +14,12 @@ from pyvmm.memory import GuestMemory
 from pyvmm.memory.swap import Swap
 
 OUT, REPLACE, CLOSE = range(3)
-"""What host_does(): a run of pages goes out, all of them where it is the whole memory; the thread's next step; the swap
-ends, and another one begins."""
+"""What host_does(): RUN pages go out; the thread's next step; the swap ends, and another one begins."""
 ACTIONS = 3
-FILLED = 64
-"""Pages from there on have something at first: of pages that are zeros nothing goes to the swap file, and what few have
-anything come back all together, with the first that is touched."""
+RUN = 128
+FILLED = range(64, RUN)
+"""Pages that have something at first: of zeros nothing goes to the swap file, and where few pages do, all of them come
+back with the first that is touched."""
 _SWAP = 4 << 20
 
 
@@ -38,7 +38,7 @@ class CheckedSwapDisk(SwapDisk):
         self._memory = memory
         self._model = bytearray(sectors * SECTOR)
         self.swap = Swap(memory, None, _SWAP)
-        for page in range(FILLED, memory.size // PAGE_SIZE):
+        for page in FILLED:
             memory.write(memory.gpa_of(page), page.to_bytes(4, "little"))
 
     def write(self, sector: int, source: Buffers) -> None:
@@ -75,7 +75,7 @@ class CheckedSwapDisk(SwapDisk):
         what, pages = value % ACTIONS, self._memory.size // PAGE_SIZE
         if what == OUT:
             first = value // ACTIONS % pages
-            self.swap.out([(first, pages - first)])
+            self.swap.out([(first, min(RUN, pages - first))])
             self.swap.drain()
         elif what == REPLACE:
             self._now += 1

@@ -128,6 +128,11 @@ RESULTS = {
         ("64M / 32M of RAM", "VM()"),
         ("a GiB of RAM more", "snapshot, untouched: its file"),
     ],
+    "soak": [
+        ("in all", "wrong"),
+        ("operations a second", "all, with full checks"),
+        ("operations a second, of the time of that kind", "remove block"),
+    ],
     "swap": [
         ("out: random data", "swap, unchanged"),
         ("out to the disk: text", "swap"),
@@ -183,6 +188,11 @@ def test_data(name):
             "x",
             "blocks/s",
             "VMs/s",
+            "ops/s",
+            "operations",
+            "checks",
+            "pages",
+            "seeds",
         )
 
 
