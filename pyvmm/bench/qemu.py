@@ -28,7 +28,7 @@ MISSING = "QEMU (qemu-system-x86)"
 """What to call it where it is not here."""
 _MACHINE = "-M microvm,rtc=off -nodefaults -accel kvm -display none -no-reboot"
 _PATIENCE = 60.0
-_LOOK = 0.005
+_LOOK, _SHORT = 0.005, 0.001
 _FAST = 1 << 40
 """Bytes a second that a migration may take; QEMU's own default is 128 MiB."""
 
@@ -72,6 +72,7 @@ class Qemu:
         Qemu._count += 1
         self._path = os.path.join(path, f"qemu{Qemu._count}")
         self._memory = memory
+        self._resumed = False
         self._what = (path, memory, guest, append)
         command = [QEMU or "", *_MACHINE.split(), "-m", f"{memory // MIB}M", "-kernel", guest_path(guest)]
         command += ["-append", append, "-qmp", f"unix:{self._path},server=on,wait=off"]
@@ -150,6 +151,7 @@ class Qemu:
         if not line:
             raise HostError("QEMU has ended by itself")
         told: dict[str, Any] = json.loads(line)
+        self._resumed = self._resumed or told.get("event") == "RESUME"
         return told
 
     def progress(self) -> Progress:
@@ -236,9 +238,11 @@ class Qemu:
 
     def await_running(self) -> None:
         """Waits until the guest that came runs, as it did when it was saved."""
-        if self.command("query-status")["status"] != "running":
-            while self._read().get("event") != "RESUME":
-                pass
+        end = time.monotonic() + _PATIENCE
+        while self.command("query-status")["status"] != "running" and not self._resumed:  # its event may come first
+            if time.monotonic() > end:
+                raise HostError(f"QEMU: the guest does not run after {_PATIENCE:g} s")
+            time.sleep(_SHORT)
 
 
 def restore_to_first_byte(path: str, memory: int, guest: str, append: str, file: str) -> float:
