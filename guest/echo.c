@@ -88,16 +88,12 @@ int guest_main(void)
     irq_route(PV_IRQ_SERIAL, VECTOR);
     progress->status = PV_STATUS_RUNNING;
 
-    /* A byte that came early is input. Where there is none the read tells the host that somebody listens. The FIFO
-     * stays off: to switch it on is to reset the receiver, which may hold the next early byte by then. */
-    bool early = in8(UART_LSR) & LSR_DATA_READY;
-    char byte = (char)in8(UART_RBR);
+    /* To enable its interrupt tells the host that somebody listens. A byte that came before is still in the receiver,
+     * since the FIFO stays off: to switch it on is to reset the receiver. Nothing is read that LSR did not tell of: a
+     * byte may come just before the read. */
     out8(UART_LCR, LCR_8_BITS);
     out8(UART_MCR, MCR_DTR_RTS_OUT2);
     out8(UART_IER, IER_RDI);
-    if (early)
-        go_on = take(byte, until);
-    flush();
 
     while (go_on) {
         /* Counted before the receiver is emptied: a byte that comes behind the last look is a new edge and ends the

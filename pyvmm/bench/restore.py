@@ -33,11 +33,14 @@ from pyvmm.bench.checkpoints import (
     waiting,
     warm_host,
 )
+from pyvmm.bench.qemu import MISSING, QEMU, Qemu, restore_to_first_byte, write_ram
 from pyvmm.layout import GIB, MIB, PAGE_SIZE, format_size
 from pyvmm.machine import VM
 from pyvmm.record import Record
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pyvmm.machine.restoring import RestoreOptions
 
 # name -> the file (a field of Checkpoint), options of VM.restore(). The first is what the others are compared with.
@@ -66,26 +69,31 @@ _WARM_FOR_START = 64 * MIB
 
 
 class Size(Record):
-    """starts: RAM of the guests whose start is timed; region of memory: what a guest touches, and its RAM; tasks: of
-    TASKS; rounds."""
+    """starts: RAM of the guests whose start is timed; peers: of that which QEMU restores too; region of memory: what a
+    guest touches, and its RAM; tasks: of TASKS; rounds."""
 
-    __slots__ = ("memory", "region", "rounds", "starts", "tasks")
+    __slots__ = ("memory", "peers", "region", "rounds", "starts", "tasks")
 
-    def __init__(self, starts: tuple[int, ...], region: int, memory: int, tasks: tuple[str, ...], rounds: int) -> None:
+    def __init__(
+        self, starts: tuple[int, ...], peers: int, region: int, memory: int, tasks: tuple[str, ...], rounds: int
+    ) -> None:
         self.starts = starts
+        self.peers = peers
         self.region = region
         self.memory = memory
         self.tasks = tasks
         self.rounds = rounds
 
 
-FULL = Size((256 * MIB, GIB, 4 * GIB), 256 * MIB, 320 * MIB, tuple(TASKS), 5)
-QUICK = Size((8 * MIB, 16 * MIB), 4 * MIB, 10 * MIB, ("dense writes", "1 page in 64, reads"), 1)
+FULL = Size((256 * MIB, GIB, 4 * GIB), GIB, 256 * MIB, 320 * MIB, tuple(TASKS), 5)
+QUICK = Size((8 * MIB, 16 * MIB), 16 * MIB, 4 * MIB, 10 * MIB, ("dense writes", "1 page in 64, reads"), 1)
 
 
 def measure(quick: bool = False) -> list[Result]:
     """Starts: with the file in the page cache. The first work is seen in the progress page, which is brought for that.
     A size that the host's memory has no room for is left out.
+
+    exec: beside QEMU's `-incoming fd:` of a file that it wrote itself, both read before by the page cache.
 
     Tasks: from the call to the end of the guest's pass over the region; of a cold file, which has just been dropped
     from the page cache (left out where the host cannot), with all reads from the disk. "read from the disk": what is in
@@ -98,6 +106,8 @@ def measure(quick: bool = False) -> list[Result]:
     size = QUICK if quick else FULL
     found = Collected()
     _starts(found, size)
+    if has_memory(2 * size.peers):
+        _peers(found, size.peers, size.rounds)
     for task in size.tasks:
         _tasks(found, task, TASKS[task], size)
     return found.results()
@@ -116,7 +126,7 @@ def _starts(found: Collected, size: Size) -> None:
         for turn in range(size.rounds + 1):
             for memory, file in files.items():
                 entered, worked = _start(file)
-                process = _process(file)
+                process = _process(file, "--lazy")
                 alone = _make(memory)
                 if turn:  # the round before warms up
                     found.add("VM() alone", format_size(memory), "s", alone)
@@ -151,12 +161,12 @@ def _entered(vm: VM) -> float:
     return entered
 
 
-def _process(file: str) -> float:
-    """Seconds from exec to the guest's first byte, which it prints after its first touch."""
-    warm_host(_WARM_FOR_START)
+def _process(file: str, *options: str, warm: int = _WARM_FOR_START) -> float:
+    """Seconds from exec to the guest's first byte, printed after its first touch. warm: of the host's memory."""
+    warm_host(warm)
     command = [sys.executable, "-c", "import sys; from pyvmm.cli import main; sys.exit(main())", "restore", file]
     begin = time.perf_counter()
-    with subprocess.Popen([*command, "--lazy"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen([*command, *options], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         process.stdin.write(b"g")
@@ -167,6 +177,43 @@ def _process(file: str) -> float:
     if not first:
         raise RuntimeError("pyvmm restore printed nothing")
     return seconds
+
+
+def _peers(found: Collected, memory: int, rounds: int) -> None:
+    """QEMU restores the same guest with the same bytes."""
+    group = f"{format_size(memory)} of random data, warm file: exec to the guest's first byte"
+    append = "wait=1 read=1 touches=1"
+    with folder(4 * memory) as path:
+        file, theirs = os.path.join(path, "ours"), os.path.join(path, "theirs")
+        with waiting(memory, "read=1 touches=1") as vm:
+            vm.snapshot(file, codec="raw")
+        if QEMU:
+            ram = os.path.join(path, "ram")
+            write_ram(ram, memory, "random")
+            with Qemu(path, memory, "touch", append, ram) as qemu:
+                qemu.save(theirs)
+            os.unlink(ram)
+        else:
+            found.add(group, MISSING, "s")
+        for turn in range(rounds + 1):
+            sides: dict[str, Callable[[], float]] = (
+                {"QEMU": lambda: _qemu(path, memory, append, theirs)} if QEMU else {}
+            )
+            sides |= {
+                "pyvmm restore": lambda: _process(file, warm=memory),
+                "pyvmm restore --lazy": lambda: _process(file, "--lazy", warm=memory),
+                _LIMIT: lambda: _read(file, memory),
+            }
+            for name, side in sides.items():
+                bring(file, *([theirs] if QEMU else []))
+                seconds = side()
+                if turn:  # the round before warms up
+                    found.add(group, name, "s", seconds)
+
+
+def _qemu(path: str, memory: int, append: str, file: str) -> float:
+    warm_host(memory)
+    return restore_to_first_byte(path, memory, "touch", append, file)
 
 
 # ---- P9: a task ----

@@ -63,6 +63,13 @@ def seconds_without_cpu(vm: VM) -> float:
     return sum(waiting for _, waiting in _vcpus(vm)) + _schedstat("thread-self")[1]
 
 
+def memory_of(process: str) -> dict[str, float]:
+    """MiB of a process of /proc: proportional (Pss), in all and by kind."""
+    with open(f"/proc/{process}/smaps_rollup") as rollup:
+        found = {words[0]: int(words[1]) / 1024 for line in rollup if (words := line.split())[-1] == "kB"}
+    return {"all": found["Pss:"], "anonymous": found["Pss_Anon:"], "files": found["Pss_File:"]}
+
+
 def run_on(vm: VM, seconds: float, guest: str = "touch") -> None:
     """Lets the guest, of that name, run. Raises BadInput where it ends."""
     if vm.wait(seconds).reason != "timeout":

@@ -1,16 +1,19 @@
 # save.py: how fast a VM is saved, and for how long its guest stands still meanwhile (measure P10). Units: GB/s of RAM,
 # seconds.
-"""vm.snapshot() with each codec, beside plain writing of the bytes that it has to write: what is not zeros."""
+"""vm.snapshot() with each codec, beside plain writing of the bytes that it has to write: what is not zeros; and beside
+QEMU, which saves the same guest with the same bytes."""
 
 from __future__ import annotations
 
 import os
 import time
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from pyvmm._native import lib
 from pyvmm.bench import Collected, Result
 from pyvmm.bench.checkpoints import folder, waiting
+from pyvmm.bench.qemu import MISSING, QEMU, Qemu, write_ram
 from pyvmm.bench.running import longest_gap, reset_gaps, run_on
 from pyvmm.layout import BLOCK_SIZE, GIB, MIB, PAGE_SIZE, format_size
 from pyvmm.record import Record
@@ -51,6 +54,7 @@ QUICK = Size(6 * MIB, 8 * MIB, 1, 0.0)
 def measure(quick: bool = False) -> list[Result]:
     """Speed: bytes of RAM, zeros with them, by the time until the file is on the disk and has its name; the VM stands.
 
+    QEMU's: from the command until it says that it is through, and the file is on the disk, too.
     "half zeros": every other page; "half text": of each 2 MiB half is text-like, half random. Stalls: of a guest that
     writes 10 pages a ms, by its own clock; "says": pause_seconds of what vm.snapshot() returns, where it does.
     """
@@ -67,12 +71,16 @@ def measure(quick: bool = False) -> list[Result]:
 
 def _speeds(found: Collected, content: str, size: Size) -> None:
     codecs = [name for number, name in enumerate(CODECS) if lib.pv_codec_available(number) == 0]
-    with folder(4 * size.memory) as path, waiting(size.memory, "", content) as vm:
+    with folder(6 * size.memory) as path, waiting(size.memory, "", content) as vm, ExitStack() as stack:
         plain, length = _not_zeros(vm.memory)
         with plain:
             sides: dict[str, Callable[[str], object]] = {_LIMIT: lambda file: _write(file, plain, length)}
             for codec in codecs:
                 sides[codec] = lambda file, codec=codec: vm.snapshot(file, codec=codec)  # type: ignore[misc]
+            if QEMU:
+                sides["QEMU"] = _peer(stack, path, size.memory, content).save
+            else:
+                found.add(f"{content} data", MISSING, "GB/s")
             for turn in range(size.rounds + 1):
                 for name, side in sides.items():
                     file = os.path.join(path, name.split()[0])
@@ -83,6 +91,16 @@ def _speeds(found: Collected, content: str, size: Size) -> None:
                     if turn:  # the round before warms up
                         found.add(f"{content} data", name, "GB/s", size.memory / 1e9 / seconds)
                         found.add(f"{content} data: size of the file", name, "MiB", os.path.getsize(file) / MIB)
+
+
+def _peer(stack: ExitStack, path: str, memory: int, content: str) -> Qemu:
+    """The same guest, which stands."""
+    ram = os.path.join(path, "ram")
+    write_ram(ram, memory, content)
+    qemu = stack.enter_context(Qemu(path, memory, "touch", "wait=1", ram))
+    os.unlink(ram)
+    qemu.command("stop")
+    return qemu
 
 
 def _not_zeros(memory: GuestMemory) -> tuple[mmap, int]:

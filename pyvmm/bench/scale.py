@@ -1,4 +1,4 @@
-# scale.py: 100 tiny guests at once (measure P18). Units: seconds, MiB.
+# scale.py: 100 tiny guests at once, and guests of 1 to 16 GiB (measure P18). Units: seconds, MiB.
 """Guests `echo` of 10 MiB, which send back a byte and then wait for more: as VMM processes, begun without waiting for
 each other, and as VMs of one process.
 
@@ -16,29 +16,23 @@ import sys
 import time
 from contextlib import ExitStack
 
-from pyvmm.bench import Collected, Result
+from pyvmm.bench import Collected, Result, growth
+from pyvmm.bench.growth import GUEST, begin
+from pyvmm.bench.running import memory_of
 from pyvmm.errors import HostError
 from pyvmm.layout import MIB
 from pyvmm.machine import VM
 
 _VMS, _QUICK_VMS = 100, 6
 _MEMORY = 10 * MIB
-_GUEST = "echo"
 _BYTE = b"x"
 _STARTING = 50.0
 _WARM_UP = 2
 """VMs that one process has before those that are measured: what comes once is not a VM's."""
 
 
-def memory_of(process: str) -> dict[str, float]:
-    """MiB of a process of /proc."""
-    with open(f"/proc/{process}/smaps_rollup") as rollup:
-        found = {words[0]: int(words[1]) / 1024 for line in rollup if (words := line.split())[-1] == "kB"}
-    return {"all": found["Pss:"], "anonymous": found["Pss_Anon:"], "files": found["Pss_File:"]}
-
-
 def _command() -> list[str]:
-    return [sys.executable, "-m", "pyvmm", "run", _GUEST, "--mem", str(_MEMORY)]
+    return [sys.executable, "-m", "pyvmm", "run", GUEST, "--mem", str(_MEMORY)]
 
 
 def _processes(found: Collected, count: int) -> None:
@@ -103,16 +97,11 @@ def _in_process(found: Collected, count: int) -> None:
 
 
 def _begin(stack: ExitStack) -> None:
-    vm = stack.enter_context(VM(_MEMORY))
-    vm.load(_GUEST)
-    vm.start()
-    vm.type(_BYTE.decode())
-    if not vm.expect(_BYTE.decode(), _STARTING):
-        raise HostError(f"the guest {_GUEST} has not begun: {vm.printed!r}")
+    begin(stack.enter_context(VM(_MEMORY)))
 
 
 def measure(quick: bool = False) -> list[Result]:
-    """One round: there are enough of them in it."""
+    """One round of many guests: there are enough of them in it. Then what grows with a guest's RAM: see growth.py."""
     found, count = Collected(), _QUICK_VMS if quick else _VMS
     _processes(found, 1)
     alone = [result for result in found.results() if result.group == "a VMM process, of many"]
@@ -121,4 +110,5 @@ def measure(quick: bool = False) -> list[Result]:
         found.add("a VMM process, alone", result.name, "MiB", *result.values)
     _processes(found, count)
     _in_process(found, count)
+    growth.measure_growth(found, growth.QUICK if quick else growth.FULL)
     return found.results()

@@ -1,6 +1,6 @@
 # streams.py: how fast pages go from one process to another: as page runs of a migration, and beside it the least that a
 # system call can do (of measures P3 and P4 the limits). Unit: GB/s.
-"""Random data, from warm memory to warm memory, over connections of each kind."""
+"""Random data, from warm memory to warm memory, over connections of each kind; and copied within one process."""
 
 from __future__ import annotations
 
@@ -187,13 +187,28 @@ class Pair:
         return self._size / 1e9 / float(seconds)
 
 
+def copying(size: int) -> Callable[[], float]:
+    """GB/s of memcpy(): what no way from here to there can be faster than."""
+    source, target = mmap(-1, size), mmap(-1, size)
+    noise = os.urandom(BLOCK_SIZE)
+    for at in range(0, size, BLOCK_SIZE):
+        source[at : at + BLOCK_SIZE] = target[at : at + BLOCK_SIZE] = noise
+    to, of = ffi.from_buffer(target), ffi.from_buffer(source)
+
+    def speed() -> float:
+        begin = time.perf_counter()
+        ffi.memmove(to, of, size)
+        return size / 1e9 / (time.perf_counter() - begin)
+
+    return speed
+
+
 def measure(quick: bool = False) -> list[Result]:
     """GB/s between two processes: raw system calls, and page runs as a migration sends them."""
     size, rounds = (8 * MIB, 1) if quick else (GIB, 7)
     with ExitStack() as stack:
         pair = Pair(stack, size)
         sides: dict[str, Callable[[], float]] = {
-            name: lambda way=way: pair.speed(*way)  # type: ignore[misc]
-            for name, way in (LIMITS | RUNS).items()
-        }
+            name: lambda way=way: pair.speed(*way) for name, way in (LIMITS | RUNS).items()
+        } | {"memcpy()": copying(size)}
         return alternate(sides, "GB/s", rounds)

@@ -1,5 +1,5 @@
 # swap.py: how fast pages go out to the swap file and come back (measure P11). Unit: GB/s of pages.
-"""Beside pwrite() and preadv() of the same bytes, in pieces of 2 MiB, and beside Linux's own swap; with each codec.
+"""Beside pwrite() and preadv() of the same bytes, in pieces of 2 MiB, memcpy(), and Linux's own swap; with each codec.
 
 Data are random, or text-like. "out": until all pages are written, to the page cache, for the first time; "unchanged":
 once more, as they were. "out to the disk": with fsync(). "in": all pages brought, from the page cache, into fresh or
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from pyvmm._native import ffi, lib
 from pyvmm.bench import Collected, Result
 from pyvmm.bench.hostswap import HostSwap, Refused, host_swap
+from pyvmm.bench.streams import copying
 from pyvmm.layout import BLOCK_SIZE, MIB, PAGE_SIZE
 from pyvmm.memory import GuestMemory
 from pyvmm.memory.swap import CODECS, FOLDER, Swap
@@ -155,6 +156,7 @@ def measure(quick: bool = False) -> list[Result]:
     found, size = Collected(), _QUICK_SIZE if quick else _SIZE
     codecs = [None, *(name for name, (number, *_) in CODECS.items() if lib.pv_codec_available(number) == 0)]
     kinds = {"random data": random_data(), "text": text_data()}
+    copied = copying(size)
     with host_swap(FOLDER, 2 * size, wanted=not quick) as host:
         sides: list[Callable[[Collected, str, bytes, int], None]] = [_plain]
         sides += [partial(_swapped, codec=codec) for codec in codecs]
@@ -165,6 +167,8 @@ def measure(quick: bool = False) -> list[Result]:
                 for side in sides:
                     side(Collected(), kind, data, size)
                     side(found, kind, data, size)
+                copied()
+                found.add(f"out: {kind}", "memcpy", "GB/s", copied())
         for kind in kinds if isinstance(host, Refused) and not quick else ():
             found.add(f"out: {kind}", f"{LINUX}: {host}", "GB/s")
     return found.results()

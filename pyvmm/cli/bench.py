@@ -36,6 +36,7 @@ BENCHMARKS = {
     "overcommit": "three unlike guests in half of their memory: refaults, slowdown, by policy",
     "scale": "100 tiny guests at once: how soon, and memory a VMM process and a VM takes",
     "swap": "pages to the swap file and back, beside pwrite() and preadv() of the same bytes",
+    "soak": "random operations on memory that its guest checks: what is wrong, and how fast",
     "sharing": "equal pages: estimated and freed, and how many large pages that costs",
 }
 # Those that have measure(quick=True): little memory and few rounds.
@@ -54,6 +55,7 @@ QUICK = (
     "doublepaging",
     "overcommit",
     "scale",
+    "soak",
     "swap",
     "sharing",
 )

@@ -8,6 +8,7 @@ import random
 import struct
 
 from checks import one_line
+from swap_disk import CheckedSwapDisk
 
 from pyvmm.devices.virtio import mmio
 from pyvmm.devices.virtio.balloon import Balloon
@@ -27,9 +28,11 @@ RAM = 2 << 20
 SECTORS = 64
 SET, GET, PUT, HALF, SERVE, MOVE, FEED = range(7)
 """Writes c to register a; reads it; writes b and c to memory at a; writes half of c there; the device serves what there
-is; its state goes into another one; the host types."""
-KINDS = 4 if has("uffd_guest") else 3
-"""Of devices: the balloon takes pages away, which not every host can."""
+is; its state goes into another one; the host types, or does to memory and disk what it may."""
+SWAP_DISKS = {4: ("references", True), 5: ("replace", False)}
+"""kind -> mode of a swap disk, and whether it is durable."""
+KINDS = 4 + len(SWAP_DISKS) if has("uffd_guest") else 3
+"""Of devices: with the balloon and with swap disks pages go away, which not every host can do."""
 BURST = 600
 """Requests that are served in one go: more than a ring can hold."""
 
@@ -86,8 +89,9 @@ class Line:
         self.level = level
 
 
-def _make(kind: int, memory: GuestMemory, backend: Sectors, line: Line) -> Mmio:
-    model = (Rng(seed=1), VirtioConsole(lambda data: None), Block(backend), Balloon())[kind % KINDS]  # type: ignore[arg-type]
+def _make(kind: int, memory: GuestMemory, backend: Sectors | CheckedSwapDisk, line: Line) -> Mmio:
+    block = Block(backend)  # type: ignore[arg-type]
+    model = block if kind in SWAP_DISKS else (Rng(seed=1), VirtioConsole(lambda data: None), block, Balloon())[kind]
 
     def trouble(error: BaseException) -> None:
         raise error
@@ -102,14 +106,15 @@ def one_input(data: bytes) -> None:
     restored at any moment."""
     if not data:
         return
-    memory, backend, line = GuestMemory(RAM, "4k"), Sectors(), Line()
+    kind, memory, line = data[0] % KINDS, GuestMemory(RAM, "4k"), Line()
     try:
-        device = _make(data[0], memory, backend, line)
+        backend = CheckedSwapDisk(memory, SECTORS, *SWAP_DISKS[kind]) if kind in SWAP_DISKS else Sectors()
+        device = _make(kind, memory, backend, line)
         whole = len(data) - 1 - (len(data) - 1) % STEP.size
         for what, a, b, c in STEP.iter_unpack(data[1 : 1 + whole]):
             if what % 7 == MOVE:
                 state, other = device.save(), Line()
-                device = _make(data[0], memory, backend, other)
+                device = _make(kind, memory, backend, other)
                 device.restore(state)
                 assert device.save() == state
                 line = other
@@ -117,6 +122,7 @@ def one_input(data: bytes) -> None:
                 _do(device, memory, what % 7, a, b, c)
             assert line.level == (device.read(mmio.R_INTERRUPT_STATUS, 4) != 0)
             assert bool(device.read(mmio.R_STATUS, 4) & mmio.NEEDS_RESET) == (device.broken != "")
+        backend.close()
     finally:
         memory.close()
 
@@ -145,6 +151,8 @@ def _feed(model: Model, a: int) -> None:
     """What a host does by itself; of what a balloon says afterwards, all is within the memory."""
     if isinstance(model, VirtioConsole):
         model.feed(bytes(a % 300))
+    elif isinstance(model, Block) and isinstance(model.backend, CheckedSwapDisk):
+        model.backend.host_does(a)
     elif isinstance(model, Balloon):
         model.target = a % (RAM + 1)
         model.classify([a % 512, 3], timeout=0)

@@ -9,8 +9,9 @@ import struct
 import tempfile
 from contextlib import suppress
 
-from fuzz_virtio import FEED, GET, HALF, MOVE, PUT, SERVE, SET, step
+from fuzz_virtio import FEED, GET, HALF, KINDS, MOVE, PUT, SERVE, SET, SWAP_DISKS, step
 from snapshot_files import AVAILABLE, PAGES, Forge, put, save
+from swap_disk import CLOSE, OUT, REPLACE
 from test_image_builders import build_elf, note, pvh_note
 from test_image_hostile import VALID
 from test_migration_order import WELCOME, WHOLE, hello
@@ -261,9 +262,9 @@ def with_symbols() -> bytes:
 # ---- virtio ----
 
 
-def _virtio(kind: int, features: int, requests: list[tuple]) -> bytes:
+def _virtio(kind: int, features: int, requests: list[tuple], feeds: tuple[int, ...] = ()) -> bytes:
     """A driver that does all as it should. requests: queue, then for each descriptor address, bytes, flags but NEXT,
-    and what is put there: (8 bytes, 4 bytes) after each other."""
+    and what is put there: (8 bytes, 4 bytes) after each other. feeds: before each of the requests is served."""
     out = [step(GET, 0), step(SET, 0x70, c=1), step(SET, 0x70, c=3)]
     for half in (0, 1):
         out += [step(SET, 0x24, c=half), step(SET, 0x20, c=features >> 32 * half & 0xFFFF_FFFF)]
@@ -280,6 +281,7 @@ def _virtio(kind: int, features: int, requests: list[tuple]) -> bytes:
             out += [step(PUT, at, address, size), step(HALF, at + 12, c=flags | more), step(HALF, at + 14, c=index + 1)]
             out += [step(PUT, address + 12 * n, b, c) for n, (b, c) in enumerate(given)]
         out += [step(HALF, base + 0x1004 + 2 * posted, c=0), step(HALF, base + 0x1002, c=posted + 1)]
+        out += [step(FEED, feed) for feed in feeds[posted : posted + 1]]
         out += [step(SET, 0x50, c=queue), step(SERVE), step(GET, 0x60), step(SET, 0x64, c=1)]
     out += [step(MOVE), step(SET, 0x70, c=0)]
     return bytes((kind,)) + b"".join(out)
@@ -310,6 +312,32 @@ def virtio() -> list[bytes]:
     for kind in (11, 13):
         parts = ((0x30000, 16, 0, (kind, 0)), (0x31000, 16, 0, (5, 2)), (0x33000, 1, 2))
         found.append(_virtio(2, plain | 3 << 13, [(0, *parts)]))
+    return [seed for seed in found + _swap_disks() if seed[0] < KINDS]
+
+
+def _swap_disks() -> list[bytes]:
+    """Pages that the host has swapped are written to the disk, read, written over, whole or in part, and moved on."""
+    size, status = 2 * PAGE_SIZE, (0x33000, 1, 2)
+
+    def write(sector: int, size: int, value: int) -> tuple:
+        return (0, (0x30000, 16, 0, (1, sector)), (0x60000, size, 0, (value, value)), status)
+
+    flush = (0, (0x30000, 16, 0, (4, 0)), status)
+    zeroes = (0, (0x30000, 16, 0, (13, 0)), (0x31000, 16, 0, (24, 16)), status)
+    near, all_of_it = (
+        (0, (0x30000, 16, 0, (0, at)), (0xC0000, count, 2), status) for at, count in ((8, size), (0, 32768))
+    )
+    parts = [write(8, size, 1), near, write(10, 512, 2), write(24, size, 3), all_of_it, flush]
+    wholes = [write(8, size, 1), write(8, size, 2), write(24, size, 3), zeroes, all_of_it]
+    found = []
+    for kind in SWAP_DISKS:
+        for requests, feeds in (
+            (parts, (OUT,) * 6),
+            (parts, (OUT, OUT, REPLACE, OUT, REPLACE, OUT)),
+            (parts, (OUT, CLOSE, OUT, OUT, CLOSE, OUT)),
+            (wholes, (OUT, REPLACE, OUT, REPLACE, OUT)),
+        ):
+            found.append(_virtio(kind, 1 << 32 | 1 << 14 | 1 << 9, requests, feeds))
     return found
 
 

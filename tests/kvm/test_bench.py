@@ -65,6 +65,7 @@ RESULTS = {
     "restore": [
         ("VM.restore() to the guest's first work", "16M"),
         ("VM() alone", "8M"),
+        ("16M of random data, warm file: exec to the guest's first byte", "pyvmm restore --lazy"),
         ("dense writes, warm file", "pread() of as much"),
         ("1 page in 64, reads, warm file", "lazy, fill none"),
     ],
@@ -75,6 +76,7 @@ RESULTS = {
     "streams": [
         ("", "send() and recv(), TCP"),
         ("", "page runs read out of the source"),
+        ("", "memcpy()"),
     ],
     "migrate": [
         ("16M of random data: the round", "process_vm_readv()"),
@@ -122,6 +124,14 @@ RESULTS = {
         ("guests started a second", "VMM processes"),
         ("a VMM process, of many", "anonymous"),
         ("a VM of one process", "all"),
+        ("by RAM: limit, the first", "64M"),
+        ("64M / 32M of RAM", "VM()"),
+        ("a GiB of RAM more", "snapshot, untouched: its file"),
+    ],
+    "soak": [
+        ("in all", "wrong"),
+        ("operations a second", "all, with full checks"),
+        ("operations a second, of the time of that kind", "remove block"),
     ],
     "swap": [
         ("out: random data", "swap, unchanged"),
@@ -178,6 +188,11 @@ def test_data(name):
             "x",
             "blocks/s",
             "VMs/s",
+            "ops/s",
+            "operations",
+            "checks",
+            "pages",
+            "seeds",
         )
 
 

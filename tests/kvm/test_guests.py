@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import pytest
 
+from pyvmm.devices.serial import LSR, Serial
 from pyvmm.errors import GuestCrash
 from pyvmm.pytest_plugin import needs
 
@@ -142,6 +143,26 @@ def test_echo(vm):
     assert machine.wait(10).ok
     assert machine.printed == "early line\r\nnext\r\nenough\r\n"
     assert machine.progress().passes == 3
+
+
+def test_echo_loses_no_byte_that_comes_while_it_begins(vm, monkeypatch):
+    """Just after its first look at the receiver: nothing is there, and then there is."""
+    read, looks = Serial._read, []
+
+    def late(serial, offset):
+        value = read(serial, offset)
+        if offset == LSR and not looks:
+            looks.append(value)
+            serial._queue += b"x"
+            serial._update()
+        return value
+
+    monkeypatch.setattr(Serial, "_read", late)
+    machine = vm()
+    machine.load("echo")
+    machine.start()
+    assert machine.expect("x")
+    assert looks
 
 
 def test_echo_of_many_bytes(vm):

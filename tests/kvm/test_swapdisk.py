@@ -27,7 +27,7 @@ MODES = ("naive", "references", "replace")
 FRAMES, PAGES, OUT = 512, 1024, 16
 GUEST = f"frames={FRAMES} pages={PAGES} out={OUT}"
 DISK = 8 * MIB
-KILLS = int(os.environ.get("PYVMM_KILLS", "8"))
+KILLS = int(os.environ.get("PYVMM_KILLS", "4"))
 """Moments at which a VMM is killed. More: PYVMM_KILLS=50 pytest ..."""
 
 
@@ -55,10 +55,13 @@ def all_out(machine, swap):
 
 
 def refers(machine, least=20):
-    """Has blocks of its disk refer to a new swap, which is returned with the guest paused."""
+    """Has blocks of its disk refer to a new swap, which is returned with the guest paused. Its memory has small pages:
+    of a block that has all gone, a touch would bring all, and little of what the guest writes out would be away."""
+    assert machine.memory.backing == "4k"
+    until(lambda: machine.progress().count >= FRAMES, "a guest that writes out what it touches")
+    machine.pause()
     swap = Swap(machine.memory, None, 32 * MIB)
     end = time.monotonic() + 20
-    machine.pause()
     while swap.stats().references < least:
         assert time.monotonic() < end, swap.stats().as_dict()
         all_out(machine, swap)
@@ -112,12 +115,12 @@ def test_a_limit_and_all_of_it_by_the_command(tmp_path):
     """With a policy of the host's that knows nothing of the guest's."""
     done = subprocess.run(
         [sys.executable, "-m", "pyvmm", "run", "swapper", "--mem", "16M", "--limit", "8M", "--swap", "64M", "--policy",
-         "random", "--swap-disk", "32M,mode=replace", "--append", "frames=3000 pages=4000 out=32 touches=6000",
+         "random", "--swap-disk", "32M,mode=replace", "--append", "frames=3000 pages=3500 out=32 touches=2000",
          "--stats"],
         capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "SUCCESS: 10000 touches" in done.stdout
+    assert "SUCCESS: 5500 touches" in done.stdout
     assert "referred" in done.stderr
 
 
@@ -127,7 +130,7 @@ def test_a_limit_and_all_of_it_by_the_command(tmp_path):
 def test_a_saved_vm_has_no_reference_left(vm, tmp_path):
     image = tmp_path / "swap.img"
     image.write_bytes(bytes(DISK))
-    machine = swapper(vm, "references", image, "order=seq")
+    machine = swapper(vm, "references", image, "order=seq", pages="4k")
     swap = refers(machine)
     machine.snapshot(str(tmp_path / "s"))
     assert swap.stats().references == 0
@@ -161,7 +164,7 @@ def test_a_disk_without_a_file_stays_here(vm, tmp_path):
 def test_a_guest_moves_with_its_disk(vm, tmp_path):
     image = tmp_path / "swap.img"
     image.write_bytes(bytes(DISK))
-    machine = swapper(vm, "references", image, "order=seq")
+    machine = swapper(vm, "references", image, "order=seq", pages="4k")
     swap = refers(machine)
     machine.resume()
     incoming = VM.receive(f"unix:{tmp_path}/s", devices=[f"swapdisk:{image}"])
@@ -174,7 +177,7 @@ def test_a_guest_moves_with_its_disk(vm, tmp_path):
 
 def test_a_full_disk_keeps_its_references(vm, monkeypatch):
     """The swap is to be closed, and what refers to it cannot be copied: it stays, and the guest is right."""
-    machine = swapper(vm, "references", append="order=seq")
+    machine = swapper(vm, "references", append="order=seq", pages="4k")
     disk = machine.virtio[0].model.backend
     swap = refers(machine)
 
@@ -199,7 +202,7 @@ _VMM = """
 import sys, random, threading
 from pyvmm import VM
 from pyvmm.memory.swap import Swap
-vm = VM(memory="8M", devices=[f"swapdisk:{sys.argv[1]},mode=references,durable"],
+vm = VM(memory="8M", pages="4k", devices=[f"swapdisk:{sys.argv[1]},mode=references,durable"],
         output=lambda data: (sys.stdout.buffer.write(data), sys.stdout.buffer.flush()))
 vm.load("swapper", sys.argv[2])
 swap = Swap(vm.memory, None, 32 << 20)
@@ -229,6 +232,8 @@ def test_what_was_flushed_is_there_after_a_kill(tmp_path):
         )  # fmt: skip
         with process, process.stdout, process.stderr:
             process.stdout.readline()
+            if moment == 0:  # else a busy host might have all of them killed before that
+                referred += process.stderr.readline() == b"referred\n"
             time.sleep(rng.random() / 10)
             process.send_signal(signal.SIGKILL)
             last = int((b"1\n" + process.stdout.read()).rpartition(b"\n")[0].split()[-1])

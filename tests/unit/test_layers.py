@@ -11,7 +11,8 @@ import pyvmm
 LAYERS = (
     ("__main__", "pytest_plugin"),
     ("cli",),
-    ("bench", "testing"),
+    ("bench",),
+    ("testing",),
     ("fleet",),
     ("control",),
     ("machine",),

@@ -22,34 +22,40 @@ _NOT_LARGE = lib.PV_BLOCK_SMALL | lib.PV_BLOCK_BROKEN | 0x3FF << lib.PV_BLOCK_AW
 class LiveView(View):
     """`used` counts what takes memory of the host: pages in the guest, and those aside. Whoever looks is one thread."""
 
-    __slots__ = ("_began", "_blocks", "_engine", "_seen", "_words")
+    __slots__ = ("_began", "_blocks", "_engine", "_low", "_seen", "_there", "_words")
 
     def __init__(self, engine: Engine, limit: int, seed: int) -> None:
         self._words, self._blocks = engine.page_words, engine.block_words
         super().__init__(len(self._words), limit, seed)
         self._engine = engine
+        # A look goes over a word of each page: it makes no copy of them, nor memory that the kernel clears each time.
+        self._low = self._words.view(np.uint8)[:: self._words.itemsize]
+        self._there = np.zeros(self.blocks * BLOCK_PAGES, np.uint8)
         self._seen = np.frombuffer(self.resident, np.uint8)
         self._seen.flags.writeable = True
         self._began = time.monotonic()
 
-    def homes(self) -> NDArray[np.uint8]:
-        """The home of each page, as it is now; of blocks that are sampled, as it was: there."""
-        found = (self._words & np.uint64(lib.PV_PAGE_HOME)).astype(np.uint8)
+    def _present(self) -> NDArray[np.uint8]:
+        """1 for each page that is there now, until the next call; blocks that are sampled count as they were: there."""
+        found = self._there[: self.pages]
+        np.bitwise_and(self._low, lib.PV_PAGE_HOME, out=found)
+        np.equal(found, lib.PV_HOME_PRESENT, out=found.view(np.bool_))
         for block in np.flatnonzero(self._blocks & np.uint64(lib.PV_BLOCK_SAMPLED)).tolist():
-            found[block * BLOCK_PAGES : (block + 1) * BLOCK_PAGES] = lib.PV_HOME_PRESENT
+            found[block * BLOCK_PAGES : (block + 1) * BLOCK_PAGES] = 1
         return found
 
     def look(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Has the view say what is so now. Returns the pages that are there now, and those that are not any more."""
-        now = self.homes() == lib.PV_HOME_PRESENT
+        now = self._present()
         changed = np.flatnonzero(now != self._seen)
-        came = changed[now[changed]]
-        left = changed[~now[changed]]
-        self._seen[:] = now
-        if len(changed):
-            padded = np.zeros(self.blocks * BLOCK_PAGES, np.uint16)
-            padded[: self.pages] = now
-            self.present[:] = padded.reshape(self.blocks, BLOCK_PAGES).sum(axis=1).tolist()
+        are = now[changed]
+        came, left = changed[are == 1], changed[are == 0]
+        self._seen[changed] = are
+        blocks = changed // BLOCK_PAGES
+        blocks = blocks[np.diff(blocks, prepend=-1) != 0]
+        counts = self._there.reshape(self.blocks, BLOCK_PAGES)[blocks].sum(axis=1, dtype=np.int64)
+        for block, count in zip(blocks.tolist(), counts.tolist(), strict=True):
+            self.present[block] = count
         words = self._blocks.copy()
         large = ((words & np.uint64(_NOT_LARGE)) == 0) | ((words & np.uint64(lib.PV_BLOCK_SAMPLED)) != 0)
         self.large[:] = large.astype(np.uint8).tobytes()
