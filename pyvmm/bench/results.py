@@ -15,8 +15,7 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyvmm
-from pyvmm import host
+from pyvmm import __version__, host
 from pyvmm.bench import Result
 from pyvmm.bench.catalogue import BENCHMARKS
 from pyvmm.bench.targets import verdicts
@@ -87,7 +86,7 @@ def head(quick: bool) -> dict[str, Any]:
     """Where, when and of what: this host as `pyvmm doctor` sees it, this version, this command line."""
     return {
         "pyvmm_bench": FORMAT,
-        "version": pyvmm.__version__,
+        "version": __version__,
         "commit": _commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["pyvmm", *sys.argv[1:]]),
@@ -100,7 +99,7 @@ def head(quick: bool) -> dict[str, Any]:
 
 def _commit() -> str | None:
     """Of the checkout that this package lies in, if it lies in one."""
-    root = Path(pyvmm.__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
 
     def git(*words: str) -> str:
         command = ["git", "--no-optional-locks", "-C", str(root), *words]
