@@ -21,9 +21,16 @@ from pyvmm.cli.bench_plots import COLOURS, Panel, draw
 from pyvmm.errors import BadInput
 
 HEAD = {
-    "pyvmm_bench": 1, "version": "0.1.0", "commit": None, "date": "2026-01-01T00:00:00+00:00",
-    "command": "pyvmm bench all", "quick": False, "load": 0.5, "host": {"kernel": "6.<1>", "cores": 2}, "features": {"kvm": True, "thp": False},
-}  # fmt: skip
+    "pyvmm_bench": 1,
+    "version": "0.1.0",
+    "commit": None,
+    "date": "2026-01-01T00:00:00+00:00",
+    "command": "pyvmm bench all",
+    "quick": False,
+    "load": 0.5,
+    "host": {"kernel": "6.<1>", "cores": 2},
+    "features": {"kvm": True, "thp": False},
+}
 POPULATE = [
     Result("not populated", "s", (0.050, 0.080), "256M of large pages: the first pass"),
     Result("populated", "s", (0.002, 0.003), "256M of large pages: the first pass"),
@@ -117,8 +124,13 @@ def test_without_matplotlib_the_extra_is_named(tmp_path, words):
     (tmp_path / "log").write_text(json.dumps(HEAD) + "\n" + json.dumps(entry) + "\n")
     environment = os.environ | {"PYTHONPATH": str(Path(pyvmm.__file__).parents[1])}
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=30,
+        [sys.executable, "-c", WITHOUT, *words],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=30,
         check=False,
-    )  # fmt: skip
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "pyvmm: plots and pages of results need matplotlib: run pip install 'pyvmm[bench]'\n"
