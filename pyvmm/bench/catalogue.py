@@ -78,7 +78,7 @@ BENCHMARKS = {
             "write traces: the guest's speed, stalls at the installation, bytes reported",
             ("P16", "P6"),
             ("T7",),
-            (90, 8),
+            (200, 8),
             (
                 ("sequential, as fast as it can: speed", "coarse, never refined"),
                 ("zipf, 10 pages a ms: reported", "ring"),
@@ -93,7 +93,7 @@ BENCHMARKS = {
             "pages taken out of a guest and brought back, beside a bare userfaultfd loop",
             ("P7",),
             (),
-            (12, 2),
+            (10, 1),
             (
                 ("large block: removed, touched by the guest", "move"),
                 ("KVM's 2 MiB mappings afterwards / before", "copy"),
@@ -121,7 +121,7 @@ BENCHMARKS = {
             "a restored guest's first instruction, and how soon it touches its RAM",
             ("P8", "P9", "P7"),
             ("T3",),
-            (200, 3),
+            (500, 3),
             (
                 ("VM.restore() to the guest's first work", "*M"),
                 ("VM() alone", "*M"),
@@ -136,7 +136,7 @@ BENCHMARKS = {
             "lazy restore from storage blocks of each size and codec",
             (),
             ("T3",),
-            (150, 3),
+            (300, 3),
             (("dense, adaptive (*): warm file", "zstd 256K"), ("1 page in 64, by page (*): reads", "raw 16K")),
         ),
         Benchmark(
@@ -144,7 +144,7 @@ BENCHMARKS = {
             "a VM saved: speed with each codec, beside write(); the guest's stall",
             ("P10",),
             (),
-            (60, 1),
+            (85, 1),
             (
                 ("random data", "write() and fsync()"),
                 ("half zeros data: size of the file", "raw"),
@@ -175,7 +175,7 @@ BENCHMARKS = {
             "a guest moves to another process: speed, downtime, its work, large pages",
             ("P3", "P4", "P5", "P6", "P7"),
             ("T1", "T7"),
-            (300, 6),
+            (400, 6),
             (
                 ("* of random data: the round", "process_vm_readv()"),
                 ("* of random data: the whole migration", "tcp, post-copy"),
@@ -206,7 +206,7 @@ BENCHMARKS = {
             "pages to the swap file and back, beside pwrite() and preadv() of the same bytes",
             ("P11",),
             (),
-            (40, 3),
+            (30, 3),
             (
                 ("out: random data", "swap, unchanged"),
                 ("out to the disk: text", "swap"),
@@ -222,7 +222,7 @@ BENCHMARKS = {
             "a guest in a half of its memory: speed and refaults, by policy",
             (),
             ("T8",),
-            (150, 3),
+            (160, 3),
             (("speed", "no limit"), ("back from swap", "random"), ("large at the end", "activity")),
             ("random", "clock"),
             ("no limit",),
@@ -232,7 +232,7 @@ BENCHMARKS = {
             "active blocks found by sampling: precision, recall, what it costs the guest",
             ("P13", "P7"),
             ("T8",),
-            (100, 7),
+            (60, 7),
             (
                 ("the guest's work, of that while nobody watches", "sampled"),
                 ("large pages kept", "broken to small pages"),
@@ -244,7 +244,7 @@ BENCHMARKS = {
             "equal pages: estimated and freed, and how many large pages that costs",
             ("P12",),
             ("T5",),
-            (60, 11),
+            (80, 11),
             (
                 ("MiB freed a large page broken", "by count"),
                 ("estimated / actual", "all blocks of two VMs"),
@@ -257,7 +257,7 @@ BENCHMARKS = {
             "three unlike guests in half of their memory: refaults, slowdown, by policy",
             ("P14",),
             ("T2",),
-            (80, 8),
+            (75, 8),
             (
                 ("refaults for 1,000 touches, all guests", "class-based"),
                 ("slowdown, worst", "class-based"),
@@ -270,7 +270,7 @@ BENCHMARKS = {
             "a guest swaps what the host has swapped: bytes and reads, by mode of its disk",
             ("P15",),
             ("T6",),
-            (30, 3),
+            (20, 3),
             (
                 ("sequences: read per page written", "naive"),
                 ("sequences: reads to bring 64 back", "references"),
@@ -283,7 +283,7 @@ BENCHMARKS = {
             "100 tiny guests at once: how soon, and memory a VMM process and a VM takes",
             ("P18",),
             (),
-            (15, 1),
+            (7, 1),
             (
                 ("guests started a second", "VMM processes"),
                 ("a VMM process, of many", "anonymous"),
