@@ -36,8 +36,8 @@ _PANELS = 8
 """In one file at most."""
 _SPREAD = 20
 """Sides whose medians differ by more than so many times are drawn by their logarithm."""
-_NEAR = 300
-"""Over so many times there is room for 1, 2, 5 on a logarithmic axis."""
+_BETWEEN = ((60, (1.0, 2.0, 5.0)), (1000, (1.0, 3.0)))
+"""Which figures there is room for on a logarithmic axis over so many times."""
 _WRAP, _WRAP_SMALL = 60, 95
 """Letters of a title in a line, and of a target."""
 
@@ -150,8 +150,8 @@ def _axes(axis: Axes, panel: Panel) -> None:
     if panel.log:
         axis.set_xscale("log")
         least, most = axis.get_xlim()
-        near = most / least < _NEAR
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if near else (1,), numticks=12 if near else 7))
+        subs = next((subs for far, subs in _BETWEEN if most / least < far), (1.0,))
+        axis.xaxis.set_major_locator(LogLocator(subs=subs, numticks=7))
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
         axis.tick_params(which="minor", length=0)
         axis.xaxis.set_minor_formatter(NullFormatter())
