@@ -37,7 +37,7 @@ bench: build ## measure all, and what each technique brings: data, plots and a p
 	@$(BIN)/pyvmm bench all --output out/bench/results.json --report out/bench
 
 bench-quick: build ## run each benchmark small and short: does it run, and yield what it promises?
-	@mkdir -p out/bench-quick
+	@mkdir -p out/bench-quick && rm -f out/bench-quick/results.json
 	@$(BIN)/pyvmm bench all --quick --check --output out/bench-quick/results.json > out/bench-quick/tables.txt
 
 check: build ## ruff, mypy strict, C warnings as errors
