@@ -32,6 +32,14 @@ test: build ## run the tests
 fuzz: build ## fuzz what reads hostile input: SECONDS=60 for each of TARGETS="frames stream ..." (all)
 	@$(BIN)/python tests/fuzz/run.py --seconds $(SECONDS) $(TARGETS)
 
+bench: build ## measure all, and what each technique brings: data, plots and a page in out/bench
+	@mkdir -p out/bench
+	@$(BIN)/pyvmm bench all --output out/bench/results.json --report out/bench
+
+bench-quick: build ## run each benchmark small and short: does it run, and yield what it promises?
+	@mkdir -p out/bench-quick && rm -f out/bench-quick/results.json
+	@$(BIN)/pyvmm bench all --quick --check --output out/bench-quick/results.json > out/bench-quick/tables.txt
+
 check: build ## ruff, mypy strict, C warnings as errors
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -47,4 +55,4 @@ clean: ## remove what was built
 	rm -rf $(VENV) build out dist cffi_build/generated pyvmm/guests/*.elf pyvmm/_native.*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup build demo test fuzz check lock clean
+.PHONY: help setup build demo test fuzz bench bench-quick check lock clean

@@ -8,14 +8,24 @@ from math import nan
 from statistics import median
 from typing import TYPE_CHECKING
 
+from pyvmm.bench.warm import warm_host
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
 ROUNDS = 9
 """Rounds of A B C A B C ...: medians and extremes are over these."""
 
 MANY = 20
 """So many values are single operations, not rounds: a 90th percentile says something, a ratio one by one nothing."""
+
+BETTER = {
+    **dict.fromkeys(("s", "ms", "us", "reads", "faults"), -1),
+    **dict.fromkeys(("GB/s", "M/s", "exits/s", "blocks/s", "VMs/s", "ops/s", "% large"), 1),
+    **dict.fromkeys(("%", "x", "bytes", "MiB", "MiB/s", "operations", "checks", "pages", "seeds"), 0),
+}
+"""All units: 1 where more of it is better, -1 where less is. 0: the unit alone does not tell, as with MiB/s, in which
+is counted what is sent or written once more."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +56,18 @@ class Result:
         return (self.median / base.median,) if base.median else ()
 
 
-def alternate(sides: dict[str, Callable[[], float]], unit: str, rounds: int = ROUNDS, group: str = "") -> list[Result]:
-    """Measures the sides in turn, `rounds` times each; one more round before that warms host and code up."""
+def alternate(
+    sides: Mapping[str, Callable[[], float]], unit: str, rounds: int = ROUNDS, group: str = "", warm: int = 0
+) -> list[Result]:
+    """Measures the sides in turn, `rounds` times each; one more round before that warms host and code up.
+
+    warm: bytes of memory that the host gives out and takes back right before each side.
+    """
     values: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(rounds + 1):
         for name, measure in sides.items():
+            if warm:
+                warm_host(warm)
             value = measure()
             if turn:
                 values[name].append(value)

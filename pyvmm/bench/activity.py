@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from pyvmm._native import lib
 from pyvmm.bench import Collected, Result
 from pyvmm.bench.running import run_on, vcpus_waited
+from pyvmm.bench.warm import warm_host
 from pyvmm.layout import BLOCK_SIZE, MIB, PAGE_SIZE, Gpa
 from pyvmm.machine import VM
 from pyvmm.memory.activity import Sampler
@@ -160,6 +161,7 @@ def measure(quick: bool = False) -> list[Result]:
     found = Collected()
     for seed in range(1, size.guests + 1):
         for name, side in SIDES.items():
+            warm_host(size.memory)
             with VM(size.memory) as vm:
                 vm.load("hotcold", f"{_GUEST} seed={seed}")
                 vm.start()

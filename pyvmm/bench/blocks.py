@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from pyvmm._native import lib
 from pyvmm.bench import Collected, Result
-from pyvmm.bench.checkpoints import bring, evict, folder, require_cold, run_task, waiting, warm_host
+from pyvmm.bench.checkpoints import bring, evict, folder, require_cold, run_task, waiting
+from pyvmm.bench.warm import warm_host
 from pyvmm.layout import MIB, format_size
 from pyvmm.machine import VM
 from pyvmm.record import Record

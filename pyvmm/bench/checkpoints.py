@@ -309,13 +309,3 @@ def has_memory(size: int) -> bool:
     with open("/proc/meminfo") as file:
         available = next(int(line.split()[1]) * KIB for line in file if line.startswith("MemAvailable:"))
     return size + size // 8 < available
-
-
-def warm_host(size: int) -> None:
-    """Has the host give out so much memory, and takes it back: the first touch ever is 5 to 50 times slower."""
-    memory = GuestMemory(size)
-    try:
-        for region in memory.regions:
-            memory.zero(region.gpa, region.size)
-    finally:
-        memory.close()

@@ -14,6 +14,7 @@ import time
 from typing import TYPE_CHECKING
 
 from pyvmm.bench import Collected, Result
+from pyvmm.bench.warm import warm_host
 from pyvmm.devices.virtio.queue import Buffers
 from pyvmm.devices.virtio.sequences import GAP
 from pyvmm.devices.virtio.swapdisk import MODES, SwapDisk, make
@@ -74,6 +75,7 @@ def _sequences(found: Collected, mode: str, size: int) -> None:
 
 def _guest(found: Collected, mode: str, size: int) -> None:
     frames = size * 2 // 3 // PAGE_SIZE
+    warm_host(size)
     with VM(size, devices=[f"swapdisk:{4 * size},mode={mode}"]) as vm:
         disk = vm.virtio[0].model.backend  # type: ignore[attr-defined]
         vm.memory.reclaim(size=4 * size, policy="random")

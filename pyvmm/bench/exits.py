@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from pyvmm._native import lib
-from pyvmm.bench import Result, alternate
+from pyvmm.bench import ROUNDS, Result, alternate
 from pyvmm.bus import Bus
 from pyvmm.errors import check
 from pyvmm.host.code import PORTS
@@ -20,7 +20,7 @@ from pyvmm.state import State
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-EXITS = 3000
+EXITS, _QUICK_EXITS = 3000, 100
 """Writes a round: about a tenth of a second where one costs 30 us."""
 _PORT = 0x80
 
@@ -44,9 +44,9 @@ class _Sink:
         self.writes = state.integer("writes")
 
 
-def _timed(guest: TrialGuest, work: Callable[[], None]) -> float:
+def _timed(guest: TrialGuest, exits: int, work: Callable[[], None]) -> float:
     """Exits per second of one round, in a thread of its own as vCPUs have."""
-    guest.place(PORTS, ring=3, rcx=EXITS)
+    guest.place(PORTS, ring=3, rcx=exits)
     seconds = []
 
     def run() -> None:
@@ -57,11 +57,12 @@ def _timed(guest: TrialGuest, work: Callable[[], None]) -> float:
     thread = threading.Thread(target=run)
     thread.start()
     thread.join()
-    return EXITS / seconds[0]
+    return exits / seconds[0]
 
 
-def measure() -> list[Result]:
+def measure(quick: bool = False) -> list[Result]:
     """Exits per second: "bare" loop in C, "C" (a port nobody claims), "Python" (a device on the bus)."""
+    count = _QUICK_EXITS if quick else EXITS
     with TrialGuest() as guest:
         vcpu = guest.vcpu
         sink, ports = _Sink(), Bus("port", 16)
@@ -81,7 +82,7 @@ def measure() -> list[Result]:
                 exits(vcpu)
 
         def bare() -> None:
-            check(lib.pv_run_bare(vcpu.fd.fd, EXITS + 3), "KVM_RUN")  # with the marks and the end
+            check(lib.pv_run_bare(vcpu.fd.fd, count + 3), "KVM_RUN")  # with the marks and the end
 
         def in_c() -> None:
             guest.ports.action[_PORT] = lib.PV_PORT_FLOAT
@@ -92,4 +93,5 @@ def measure() -> list[Result]:
             ours()
 
         sides = {"bare": bare, "C": in_c, "Python": in_python}
-        return alternate({name: partial(_timed, guest, work) for name, work in sides.items()}, "exits/s")
+        timed = {name: partial(_timed, guest, count, work) for name, work in sides.items()}
+        return alternate(timed, "exits/s", 1 if quick else ROUNDS)

@@ -14,11 +14,12 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from pyvmm.bench import Collected, Result
-from pyvmm.bench.checkpoints import ZEROS, folder, warm_host
+from pyvmm.bench.checkpoints import ZEROS, folder
 from pyvmm.bench.mover import Side
 from pyvmm.bench.qemu import MISSING, QEMU, Qemu, write_ram
 from pyvmm.bench.qemu import WAYS as QEMU_WAYS
 from pyvmm.bench.streams import LIMITS, Pair
+from pyvmm.bench.warm import warm_host
 from pyvmm.layout import GIB, MIB, format_size
 from pyvmm.record import Record
 

@@ -15,9 +15,10 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from pyvmm._native import ffi, lib
-from pyvmm.bench.checkpoints import fill, warm_host
+from pyvmm.bench.checkpoints import fill
 from pyvmm.bench.running import Watch, longest_gap, reset_gaps, run_on, settle
 from pyvmm.bench.streams import Ends
+from pyvmm.bench.warm import warm_host
 from pyvmm.errors import HostError, MigrationError, PyvmmError
 from pyvmm.layout import Gpa
 from pyvmm.machine import VM

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from pyvmm._native import ffi, lib
 from pyvmm.bench import Collected, Result
-from pyvmm.bench.checkpoints import await_work, warm_host
+from pyvmm.bench.checkpoints import await_work
 from pyvmm.bench.running import run_on, timed
+from pyvmm.bench.warm import warm_host
 from pyvmm.errors import check
 from pyvmm.layout import BLOCK_SIZE, MIB, Gpa, format_size
 from pyvmm.machine import VM

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 
 from pyvmm.bench import Collected, Result
+from pyvmm.bench.warm import warm_host
 from pyvmm.layout import MIB, PAGE_SIZE
 from pyvmm.machine import VM
 from pyvmm.memory.reclaim.policies import POLICIES
@@ -22,6 +23,7 @@ _GUEST = "hot=25 pages=256 shift=50 ms=2000"
 
 
 def _speed(size: int, seconds: float, policy: str | None, found: Collected) -> None:
+    warm_host(size)
     with VM(size) as vm:
         vm.load("hotcold", _GUEST)
         vm.start()

@@ -31,9 +31,9 @@ from pyvmm.bench.checkpoints import (
     restore_mapped,
     run_task,
     waiting,
-    warm_host,
 )
 from pyvmm.bench.qemu import MISSING, QEMU, Qemu, restore_to_first_byte, write_ram
+from pyvmm.bench.warm import warm_host
 from pyvmm.layout import GIB, MIB, PAGE_SIZE, format_size
 from pyvmm.machine import VM
 from pyvmm.record import Record

@@ -15,6 +15,7 @@ from pyvmm.bench import Collected, Result
 from pyvmm.bench.checkpoints import folder, waiting
 from pyvmm.bench.qemu import MISSING, QEMU, Qemu, write_ram
 from pyvmm.bench.running import longest_gap, reset_gaps, run_on
+from pyvmm.bench.warm import warm_host
 from pyvmm.layout import BLOCK_SIZE, GIB, MIB, PAGE_SIZE, format_size
 from pyvmm.record import Record
 from pyvmm.snapshot.format import CODECS
@@ -85,6 +86,7 @@ def _speeds(found: Collected, content: str, size: Size) -> None:
                 for name, side in sides.items():
                     file = os.path.join(path, name.split()[0])
                     time.sleep(size.rest)
+                    warm_host(size.memory)  # the page cache takes as much
                     begin = time.perf_counter()
                     side(file)
                     seconds = time.perf_counter() - begin
@@ -148,6 +150,7 @@ def _stalls(found: Collected, size: Size) -> None:
 
 def _stall(vm: VM, path: str, options: dict[str, object], rest: float) -> tuple[float, float, float | None]:
     """(the guest's longest stall, seconds of the save, the pause that vm.snapshot() tells, if it tells one)."""
+    warm_host(vm.memory.size)
     run_on(vm, max(rest, _BETWEEN))
     reset_gaps(vm)
     snapshot: Callable[..., Any] = vm.snapshot

@@ -1,132 +1,154 @@
-# bench.py: `pyvmm bench NAME`: runs a benchmark and prints its tables, or with --json its data. 80 columns.
-"""The benchmarks by name."""
+# bench.py: `pyvmm bench`: runs benchmarks one after the other, and tells what they found, as tables, data and plots.
+"""`run()`: what was typed after `pyvmm bench`."""
 
 from __future__ import annotations
 
 import json
 import sys
-from importlib import import_module
-from statistics import median
+import time
+from contextlib import ExitStack
 
-from rich.table import Table
-from rich.text import Text
-
-from pyvmm.bench import MANY, Result, grouped, scaled
-from pyvmm.cli.output import Output
+from pyvmm.bench import results
+from pyvmm.bench.catalogue import BENCHMARKS
+from pyvmm.bench.results import Entry, Log
+from pyvmm.bench.runner import lacks
+from pyvmm.bench.runner import run as measure
 from pyvmm.cli.parse import Arguments
-from pyvmm.errors import BadInput
+from pyvmm.errors import EXIT_FAILED, BadInput
 
-# name -> what it measures; the module of that name in pyvmm.bench has measure()
-BENCHMARKS = {
-    "start": "time to a guest's first byte: process, in-process, beside QEMU",
-    "exits": "port writes a second: bare KVM_RUN loop, answered in C, by a Python device",
-    "traces": "write traces: the guest's speed, stalls at the installation, bytes reported",
-    "faults": "pages taken out of a guest and brought back, beside a bare userfaultfd loop",
-    "idle": "the memory engine while it does nothing; blocks split, merged and broken",
-    "restore": "a restored guest's first instruction, and how soon it touches its RAM",
-    "blocks": "lazy restore from storage blocks of each size and codec",
-    "save": "a VM saved: speed with each codec, beside write(); the guest's stall",
-    "streams": "pages from one process to another: page runs, beside send() and recv()",
-    "migrate": "a guest moves to another process: speed, downtime, its work, large pages",
-    "populate": "a guest's first pass over memory that was populated before, or not",
-    "storage": "a snapshot file written and read with each codec: plain write() and read() of the same bytes",
-    "reclaim": "a guest in a half of its memory: speed and refaults, by policy",
-    "activity": "active blocks found by sampling: precision, recall, what it costs the guest",
-    "doublepaging": "a guest swaps what the host has swapped: bytes and reads, by mode of its disk",
-    "overcommit": "three unlike guests in half of their memory: refaults, slowdown, by policy",
-    "scale": "100 tiny guests at once: how soon, and memory a VMM process and a VM takes",
-    "swap": "pages to the swap file and back, beside pwrite() and preadv() of the same bytes",
-    "soak": "random operations on memory that its guest checks: what is wrong, and how fast",
-    "sharing": "equal pages: estimated and freed, and how many large pages that costs",
-}
-# Those that have measure(quick=True): little memory and few rounds.
-QUICK = (
-    "traces",
-    "faults",
-    "idle",
-    "restore",
-    "blocks",
-    "save",
-    "streams",
-    "migrate",
-    "populate",
-    "reclaim",
-    "activity",
-    "doublepaging",
-    "overcommit",
-    "scale",
-    "soak",
-    "swap",
-    "sharing",
-)
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Self
+
+    from rich.live import Live
+
+ALL = "all"
 
 
 def run(args: Arguments) -> int:
-    """Runs one benchmark, or lists them."""
-    name = args.name
-    if name is None:
-        for each, text in BENCHMARKS.items():
-            print(f"{each:8} {text}")
+    """Lists benchmarks, runs some, or does one of the verbs. Returns 1 where one could not be measured."""
+    verb, *files = args.words or [""]
+    if verb in ("report", "compare"):
+        return _verb(verb, files, args)
+    if not verb:
+        for row in BENCHMARKS.values():
+            print(f"{row.name:12} {row.text}")
         return 0
-    if name not in BENCHMARKS:
-        raise BadInput(f"no benchmark {name!r}: choose one of {', '.join(BENCHMARKS)}")
-    if args.quick and name not in QUICK:
-        raise BadInput(f"benchmark {name} is quick anyway: --quick is for {', '.join(QUICK)}")
-    measure = import_module(f"pyvmm.bench.{name}").measure
-    results: list[Result] = measure(quick=True) if args.quick else measure()
-    if args.json:
-        json.dump({"benchmark": name, "results": [_as_json(result) for result in results]}, sys.stdout)
-        print()
+    names = list(BENCHMARKS) if ALL in args.words else list(dict.fromkeys(args.words))
+    for name in names:
+        if name not in BENCHMARKS:
+            raise BadInput(f"no benchmark {name!r}: choose from {', '.join(BENCHMARKS)}, or {ALL}")
+    if args.report:
+        from pyvmm.cli.bench_page import Report
+
+        report = Report(args.report)  # what it lacks is told before anything is measured
+    head = results.head(args.quick)
+    entries, good = _run(names, head, args)
+    if args.report:
+        report.write([results.Run(head, entries)])
+    return 0 if good else EXIT_FAILED
+
+
+def _verb(verb: str, files: Sequence[str], args: Arguments) -> int:
+    if verb == "compare":
+        if len(files) != 2:
+            raise BadInput("compare takes two files of results: pyvmm bench compare A.json B.json")
+        from pyvmm.cli.bench_compare import show
+
+        show(files[0], files[1], args.json)
         return 0
-    show(name, results)
+    if len(files) != 1 or not args.output:
+        raise BadInput("report takes a file of results and a folder: pyvmm bench report FILE.json --output DIR")
+    from pyvmm.cli.bench_page import Report
+
+    Report(args.output).write(results.read(files[0]))
     return 0
 
 
-def show(name: str, results: list[Result]) -> None:
-    """Prints a benchmark's tables."""
-    output = Output()
-    output.print(Text(BENCHMARKS[name], "bold"))
-    for group, rows in grouped(results).items():
-        output.print(_table(group, rows))
+def _run(names: Sequence[str], head: dict[str, object], args: Arguments) -> tuple[list[Entry], bool]:
+    """All of them, whatever becomes of one; and whether all were measured, and are as they are to be."""
+    quick: bool = args.quick
+    entries: list[Entry] = []
+    good = True
+    with ExitStack() as stack:
+        log = stack.enter_context(Log(args.output)) if args.output else None
+        _tell(head, log, args.json)
+        for name in names:
+            with _Progress(names, entries, quick) as progress:
+                entry = measure(name, quick, progress.told)
+            entries.append(entry)
+            _tell(entry.as_json(quick), log, args.json)
+            if not args.json:
+                _show(entry, quick)
+            good = _is_good(entry, args) and good
+    return entries, good
 
 
-def _as_json(result: Result) -> dict[str, object]:
-    named = {"group": result.group} if result.group else {}
-    return named | {
-        "name": result.name,
-        "unit": result.unit,
-        "median": result.median if result.values else None,
-        "values": list(result.values),
-    }
+def _tell(line: dict[str, object], log: Log | None, to_stdout: bool) -> None:
+    if log is not None:
+        log.add(line)
+    if to_stdout:
+        print(json.dumps(line), flush=True)
 
 
-def _table(group: str, results: list[Result]) -> Table:
-    many = any(len(result.values) >= MANY for result in results)
-    results = sorted(results, key=lambda result: not result.values)  # what is not here is compared with nothing
-    heads = ["median", "min", "p90" if many else "max", *(["max"] if many else []), f"/ {results[0].name}"]
-    table = Table("", *heads, title=group or None, title_justify="left", title_style="italic")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for result in results:
-        if not result.values:
-            table.add_row(result.name, "not here")
-            continue
-        shown = scaled(result)
-        quantiles = [shown.median, shown.quantile(0), *([shown.quantile(0.9)] if many else []), shown.quantile(1)]
-        figures = [f"{quantiles[0]:,.{_digits(quantiles[0])}f} {shown.unit}"]
-        figures += [f"{value:,.{_digits(quantiles[0])}f}" for value in quantiles[1:]]
-        table.add_row(result.name, *figures, _ratio(result, results[0]))
-    return table
+def _show(entry: Entry, quick: bool) -> None:
+    if not entry.reason:
+        from pyvmm.cli.bench_tables import show
+
+        show(entry.benchmark, entry.results, quick)
 
 
-def _digits(value: float) -> int:
-    return 3 if abs(value) < 1 else 2 if abs(value) < 10 else 1
+def _is_good(entry: Entry, args: Arguments) -> bool:
+    wrong = lacks(entry.benchmark, entry.results, args.quick) if args.check and not entry.reason else []
+    for text in [f"not measured: {entry.reason}"] if entry.reason else wrong:
+        print(f"pyvmm: {entry.benchmark}: {text}", file=sys.stderr)
+    return not entry.reason and not wrong
 
 
-def _ratio(result: Result, base: Result) -> str:
-    """Over the first of the group, the median of the rounds and their range; nothing where that is another unit."""
-    ratios = sorted(result.ratios(base))
-    if result.unit != base.unit or not ratios:
-        return ""
-    middle = f"{median(ratios):.2f}"
-    return middle if len(ratios) == 1 or result is base else f"{middle} ({ratios[0]:.2f}-{ratios[-1]:.2f})"
+class _Progress:
+    """While a benchmark runs, and only on a terminal: which one, for how long, and about how long all will take."""
+
+    def __init__(self, names: Sequence[str], done: Sequence[Entry], quick: bool) -> None:
+        self._expected = [BENCHMARKS[name].seconds[quick] for name in names]
+        self._name, self._at, self._of = names[len(done)], len(done), len(names)
+        self._spent = sum(entry.seconds for entry in done)
+        self._live: Live | None = None
+
+    def told(self, seconds: float) -> None:
+        """So long by now."""
+        if self._live is not None:
+            from rich.text import Text
+
+            left = f"some {_clock(self.left(seconds))} left" if self.left(seconds) >= 1 else "soon done"
+            line = f"{self._at + 1} of {self._of}: {self._name}, {_clock(seconds)}; {left}"
+            self._live.update(Text(line, "dim"), refresh=True)
+
+    def left(self, seconds: float) -> float:
+        """By what the others took of what was expected of them."""
+        before = sum(self._expected[: self._at])
+        pace = self._spent / before if before else 1.0
+        own, *later = self._expected[self._at :]
+        return max(own * pace - seconds, 0) + sum(later) * pace
+
+    def __enter__(self) -> Self:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.live import Live
+
+            console = Console(stderr=True)
+            # No thread of its own that draws: what is measured is to have the CPUs.
+            self._live = Live(
+                console=console, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False
+            )
+            self._live.start()
+            self.told(0)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+
+def _clock(seconds: float) -> str:
+    return time.strftime("%H:%M:%S" if seconds >= 3600 else "%M:%S", time.gmtime(seconds))

@@ -16,7 +16,7 @@ class Option:
     """One option or, without dashes in its name, one positional argument.
 
     kind: str, int, float, or bool for a flag; default: where it is not given (a flag: False); choices: allowed values;
-    repeated: it can be given again and again, and all that is given is a list.
+    repeated: it can be given again and again, a positional one on end, and all that is given is a list.
     """
 
     def __init__(
@@ -404,11 +404,21 @@ COMMANDS = (
     ),
     Command(
         "bench",
-        "measure what pyvmm costs",
+        "measure what pyvmm costs, and what each of its techniques brings",
         "bench",
-        Option("name", "which one; without it they are listed", metavar="NAME", optional=True),
+        Option(
+            "words",
+            "which ones, or all (without any they are listed); report FILE --output DIR: plots and a page of results; "
+            "compare FILE FILE: what moved between two",
+            metavar="NAME",
+            optional=True,
+            repeated=True,
+        ),
         Option("--quick", "small and short: to see what it measures, not how much that is", bool),
-        Option("--json", "data instead of a table", bool),
+        Option("--json", "lines of data instead of tables", bool),
+        Option("--output", "append the data to this file too, line by line", metavar="FILE"),
+        Option("--report", "plots and a page of the results, into this folder", metavar="DIR"),
+        Option("--check", "end with status 1 where a result lacks what is promised of it", bool),
     ),
     Command(
         "torture",

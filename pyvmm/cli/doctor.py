@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import textwrap
+from collections import defaultdict
 from itertools import groupby
 
 from pyvmm import host
@@ -77,7 +78,7 @@ def show(console: Console, findings: Sequence[Finding], facts: Mapping[str, obje
             _show_finding(console, finding, marks)
         console.print()
     console.print("host", style="bold")
-    for title, value in _host_lines(facts):
+    for title, value in host_lines(facts):
         _row(console, " ", title, value)
     console.print()
     console.print(_verdict(findings), markup=False)
@@ -110,20 +111,20 @@ def _wrapped(console: Console, lead: str, text: str, style: str = "") -> None:
     console.print(shown, soft_wrap=True)
 
 
-def _host_lines(facts: Mapping[str, object]) -> list[tuple[str, str]]:
+def host_lines(facts: Mapping[str, object]) -> list[tuple[str, str]]:
     """What of the facts people read, in words; a fact that the host does not tell is shown as "?"."""
-    known = {name: "?" if value is None else value for name, value in facts.items()}
+    known = defaultdict(lambda: "?", {name: value for name, value in facts.items() if value is not None})
     lines = [
         ("kernel", "{kernel}"),
         ("CPU", "{cpu}, {cores} cores, {address_bits} physical address bits"),
-        ("memory", f"{_gib(facts['memory_bytes'])}, {_gib(facts['memory_available_bytes'])} available"),
+        ("memory", f"{_gib(facts.get('memory_bytes'))}, {_gib(facts.get('memory_available_bytes'))} available"),
         ("vCPUs of a VM", "up to {max_vcpus}, recommended {recommended_vcpus}"),
         ("THP", "enabled={thp_enabled} defrag={thp_defrag} shmem_enabled={thp_shmem_enabled}"),
         ("reserved huge pages", "{hugetlb_2m_free} of {hugetlb_2m_total} free (2 MiB)"),
         ("KSM", "run={ksm_run}"),
         ("userfaultfd", "vm.unprivileged_userfaultfd={unprivileged_userfaultfd}"),
     ]
-    return [(title, text.format(**known)) for title, text in lines]
+    return [(title, text.format_map(known)) for title, text in lines]
 
 
 def _gib(size: object) -> str:
@@ -141,7 +142,7 @@ def _verdict(findings: Sequence[Finding]) -> str:
 def summary_line() -> str:
     """A few lines for the start of a demonstration: the host, the speed of guests, what is missing."""
     findings, facts = {finding.feature: finding for finding in host.findings()}, host.facts()
-    lines = dict(_host_lines(facts))
+    lines = dict(host_lines(facts))
     names = (Feature.RING3_NATIVE, Feature.RING0_NATIVE, Feature.FAST_EXITS)
     speeds = [f"{findings[name].title}: {findings[name].value}" for name in names]
     absent = [str(name) for name, finding in findings.items() if not finding.ok]

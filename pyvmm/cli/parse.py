@@ -41,13 +41,17 @@ def parse_plain(argv: Sequence[str]) -> tuple[Command, Arguments] | None:
     named = {option.name: option for option in command.options}
     positional = [option for option in command.options if option.positional]
     words = iter(argv[1:])
+    several = False
     for word in words:
         if word.startswith("-"):
+            if several:
+                positional = []  # argparse takes what is repeated on end alone
             option = named.get(word)
             if option is None:
                 return None
         elif positional:
-            option = positional.pop(0)
+            option = positional[0] if positional[0].repeated else positional.pop(0)
+            several = several or option.repeated
         else:
             return None
         if option.kind is bool:
@@ -96,6 +100,7 @@ def _add(parser: argparse.ArgumentParser, option: Option) -> None:
         parser.add_argument(option.name, action="store_true", help=option.help)
         return
     named = {} if option.positional else {"dest": option.field}
+    several = option.repeated and not option.positional
     parser.add_argument(
         option.name,
         type=option.kind,
@@ -103,9 +108,9 @@ def _add(parser: argparse.ArgumentParser, option: Option) -> None:
         metavar=option.metavar,
         choices=option.choices,
         help=option.help,
-        action="append" if option.repeated else "store",
+        action="append" if several else "store",
         **named,  # type: ignore[arg-type]
-        **({"nargs": "?"} if option.optional else {}),  # type: ignore[arg-type]
+        **({"nargs": "*" if option.repeated else "?"} if option.optional else {}),  # type: ignore[arg-type]
     )
 
 

@@ -4,19 +4,22 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
 import time
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 
 import pyvmm
-from pyvmm.bench import Collected, Result, migrate, qemu
+from pyvmm import host
+from pyvmm.bench import BETTER, Collected, migrate, qemu, traces
 from pyvmm.bench.bare import Touched
+from pyvmm.bench.catalogue import BENCHMARKS
 from pyvmm.bench.checkpoints import (
     Checkpoint,
     await_work,
@@ -32,8 +35,9 @@ from pyvmm.bench.checkpoints import (
     write_raw,
 )
 from pyvmm.bench.mover import Side
+from pyvmm.bench.results import read, results_of
 from pyvmm.bench.running import alone, apart, longest_gap, reset_gaps, touching
-from pyvmm.cli.bench import BENCHMARKS, QUICK, show
+from pyvmm.cli.bench_tables import show
 from pyvmm.errors import HostError
 from pyvmm.pytest_plugin import needs
 from pyvmm.testing.verify_model import ram_hash
@@ -43,107 +47,11 @@ pytestmark = needs("kvm", "dirty_bitmap", "initially_set", "dirty_ring", "uffd_g
 DEADLINE = 60
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(pyvmm.__file__).parents[1]), "COLUMNS": "80"}
 
-# name -> some (group, result) that must be there
-RESULTS = {
-    "traces": [
-        ("sequential, as fast as it can: speed", "coarse, never refined"),
-        ("zipf, 10 pages a ms: reported", "ring"),
-        ("16M of small pages: longest stall of a vCPU", "stop-all 4 KiB"),
-        ("16M of large pages: time to install", "helper-thread 4 KiB"),
-    ],
-    "faults": [
-        ("large block: removed, touched by the guest", "move"),
-        ("KVM's 2 MiB mappings afterwards / before", "copy"),
-        ("small page, touched by the guest: the vCPU's stall", "bare loop"),
-        ("small page, touched by a thread: its wait", "engine, move"),
-    ],
-    "idle": [
-        ("a guest writes to all its memory: writes a second", "idle engine"),
-        ("memory of the page map, of the guest's", "process grown by"),
-        ("a block, while the guest writes to all memory", "break"),
-    ],
-    "restore": [
-        ("VM.restore() to the guest's first work", "16M"),
-        ("VM() alone", "8M"),
-        ("16M of random data, warm file: exec to the guest's first byte", "pyvmm restore --lazy"),
-        ("dense writes, warm file", "pread() of as much"),
-        ("1 page in 64, reads, warm file", "lazy, fill none"),
-    ],
-    "blocks": [
-        ("dense, adaptive (2M): warm file", "zstd 256K"),
-        ("1 page in 64, by page (2M): reads", "raw 16K"),
-    ],
-    "streams": [
-        ("", "send() and recv(), TCP"),
-        ("", "page runs read out of the source"),
-        ("", "memcpy()"),
-    ],
-    "migrate": [
-        ("16M of random data: the round", "process_vm_readv()"),
-        ("16M of random data: the whole migration", "tcp, post-copy"),
-        ("16M of random data: downtime of the idle guest", "local"),
-        ("16M of random data: one over another", "tcp, the round / send() and recv()"),
-        ("4M written at 10 pages a ms, sequential: stood", "tcp"),
-        ("4M written at 10 pages a ms, sequential: gap", "tcp, post-copy"),
-        ("4M written as fast as it can: work while it migrates", "4 KiB log (bitmap)"),
-        ("16M, 1 % zeros: large pages afterwards / before", "tcp"),
-    ],
-    "populate": [
-        ("4M of large pages: the first pass", "populated"),
-        ("4M of small pages: time of populating", "MADV_POPULATE_WRITE"),
-    ],
-    "save": [
-        ("random data", "write() and fsync()"),
-        ("half zeros data: size of the file", "raw"),
-    ],
-    "activity": [
-        ("the guest's work, of that while nobody watches", "sampled"),
-        ("large pages kept", "broken to small pages"),
-    ],
-    "reclaim": [
-        ("speed", "no limit"),
-        ("back from swap", "random"),
-        ("large at the end", "activity"),
-    ],
-    "sharing": [
-        ("MiB freed a large page broken", "by count"),
-        ("estimated / actual", "all blocks of two VMs"),
-        ("estimated / actual", "a guest that runs on"),
-    ],
-    "doublepaging": [
-        ("sequences: read per page written", "naive"),
-        ("sequences: reads to bring 64 back", "references"),
-        ("the guest swapper: reads for 64 blocks", "replace"),
-    ],
-    "overcommit": [
-        ("refaults for 1,000 touches, all guests", "class-based"),
-        ("slowdown, worst", "class-based"),
-        ("in balloons", "balloon-only"),
-    ],
-    "scale": [
-        ("guests started a second", "VMM processes"),
-        ("a VMM process, of many", "anonymous"),
-        ("a VM of one process", "all"),
-        ("by RAM: limit, the first", "64M"),
-        ("64M / 32M of RAM", "VM()"),
-        ("a GiB of RAM more", "snapshot, untouched: its file"),
-    ],
-    "soak": [
-        ("in all", "wrong"),
-        ("operations a second", "all, with full checks"),
-        ("operations a second, of the time of that kind", "remove block"),
-    ],
-    "swap": [
-        ("out: random data", "swap, unchanged"),
-        ("out to the disk: text", "swap"),
-        ("in: text", "preadv"),
-        ("touched, from the disk: random data", "swap"),
-        ("bytes of pages / bytes stored: text", "swap"),
-    ],
-}
+# The cheap ones; `make bench-quick` runs all of them, and checks what these tests check.
+QUICK = ("exits", "streams", "populate", "save")
 
 
-def call(*arguments, **environment):
+def call(*arguments, first=None, **environment):
     return subprocess.run(
         [sys.executable, "-m", "pyvmm", "bench", *arguments],
         stdin=subprocess.DEVNULL,
@@ -152,89 +60,78 @@ def call(*arguments, **environment):
         timeout=DEADLINE,
         check=False,
         env=ENVIRONMENT | environment,
+        preexec_fn=first,
     )
 
 
 @cache
-def measured(name):
-    done = call(name, "--quick", "--json")
+def measured():
+    """What one run of several has told, line by line."""
+    done = call(*QUICK, "--quick", "--json", "--check")
     assert (done.returncode, done.stderr) == (0, "")
-    return json.loads(done.stdout)
+    head, *entries = map(json.loads, done.stdout.splitlines())
+    return head, {entry["benchmark"]: entry for entry in entries}
+
+
+def test_the_head_says_where_and_of_what():
+    head, entries = measured()
+    assert head["host"]["kernel"] == os.uname().release
+    assert head["features"]["kvm"] is True
+    assert (head["version"], head["quick"]) == (pyvmm.__version__, True)
+    assert head["command"].endswith("exits streams populate save --quick --json --check")
+    assert list(entries) == list(QUICK)
 
 
 @pytest.mark.parametrize("name", QUICK)
 def test_data(name):
-    found = measured(name)
-    assert found["benchmark"] == name
-    results = {(each.get("group", ""), each["name"]): each for each in found["results"]}
-    assert set(RESULTS[name]) <= set(results)
-    for each in found["results"]:
-        if not each["values"]:
-            assert (each["name"], each["median"]) == (qemu.MISSING, None)
-            assert qemu.QEMU is None
-            continue
+    for each in measured()[1][name]["results"]:
         assert min(each["values"]) <= each["median"] <= max(each["values"])
-        assert each["unit"] in (
-            "s",
-            "%",
-            "bytes",
-            "M/s",
-            "MiB/s",
-            "GB/s",
-            "MiB",
-            "reads",
-            "faults",
-            "% large",
-            "x",
-            "blocks/s",
-            "VMs/s",
-            "ops/s",
-            "operations",
-            "checks",
-            "pages",
-            "seeds",
-        )
+        assert each["unit"] in BETTER
 
 
 @pytest.mark.parametrize("name", QUICK)
 def test_tables(name, capsys, monkeypatch):
     """Of the same data: measuring it again would take as long again."""
     monkeypatch.setenv("COLUMNS", "80")
-    rows = measured(name)["results"]
-    show(name, [Result(row["name"], row["unit"], tuple(row["values"]), row.get("group", "")) for row in rows])
+    show(name, results_of(measured()[1][name]["results"]), quick=True)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == BENCHMARKS[name]
+    assert " ".join(lines[:2]).startswith(BENCHMARKS[name].text)
     assert max(map(len, lines)) <= 80
-    for group, result in RESULTS[name]:
-        assert not group or re.sub(r"\W", "", group) in re.sub(r"\W", "", "".join(lines))  # it may be in two lines
-        assert any(line.startswith(f"│ {result.split()[0]}") for line in lines)
+    for _, side in BENCHMARKS[name].has:
+        assert any(line.startswith(f"│ {side.split()[0]}") for line in lines)
+    assert sum(line.startswith("┏") for line in lines) == len(
+        {each.get("group") for each in measured()[1][name]["results"]}
+    )
 
 
-def test_a_host_without_moves_and_rings_is_measured_too():
+def test_what_cannot_be_measured_is_told_and_the_others_go_on(tmp_path):
+    """Files may have 1 MiB: too little for snapshots, and enough for the one that makes none."""
+    log = tmp_path / "log.json"
+    limited = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+    done = call("save", "exits", "--quick", "--output", str(log), first=limited)
+    assert done.returncode == 1
+    assert done.stderr.startswith("pyvmm: save: not measured: ")
+    assert done.stderr.count("\n") == 1
+    (run,) = read(str(log))
+    assert [(entry.benchmark, bool(entry.reason), len(entry.results)) for entry in run.entries] == [
+        ("save", True, 0),
+        ("exits", False, 3),
+    ]
+
+
+def test_a_host_without_moves_is_measured_too():
     done = call("faults", "--quick", "--json", PYVMM_WITHOUT="uffd_move")
     assert (done.returncode, done.stderr) == (0, "")
-    assert {each["name"] for each in json.loads(done.stdout)["results"]} == {
+    assert {each["name"] for each in json.loads(done.stdout.splitlines()[1])["results"]} == {
         "copy", "copy, arming", "bare loop", "bare loop, copy", "engine, copy",
     }  # fmt: skip
-    done = call("traces", "--quick", "--json", PYVMM_WITHOUT="dirty_ring")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "ring" not in {each["name"] for each in json.loads(done.stdout)["results"]}
 
 
-@pytest.mark.parametrize(("name", "words"), [("exits", "benchmark exits is quick anyway"), ("none", "no benchmark")])
-def test_what_has_no_quick(name, words):
-    done = call(name, "--quick")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"pyvmm: {words}")
-
-
-def test_those_without_groups_are_one_table():
-    done = call("exits")
-    assert (done.returncode, done.stderr) == (0, "")
-    lines = done.stdout.splitlines()
-    assert lines[0] == BENCHMARKS["exits"]
-    assert sum(line.startswith("┏") for line in lines) == 1
-    assert [line.split()[1] for line in lines if line.startswith("│")] == ["bare", "C", "Python"]
+def test_a_host_without_rings_is_measured_too():
+    found = Collected()
+    with host.without("dirty_ring"):
+        traces._workload(found, "any", "size=4M", traces.QUICK)
+    assert {each.name for each in found.results() if each.group == "any: speed"} == traces.SIDES.keys() - {"ring"}
 
 
 def test_a_pause_is_no_gap_and_affinity_is_given_back():

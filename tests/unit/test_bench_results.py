@@ -6,7 +6,7 @@ from math import isnan
 import pytest
 
 from pyvmm.bench import MANY, Collected, Result, alternate, grouped, scaled
-from pyvmm.cli.bench import _ratio
+from pyvmm.cli.bench_tables import ratio
 
 
 def test_sides_take_turns_and_the_first_round_does_not_count():
@@ -23,13 +23,13 @@ def test_sides_take_turns_and_the_first_round_does_not_count():
 def test_ratios_are_of_rounds_or_of_medians():
     base, other = Result("base", "s", (1.0, 2.0, 4.0)), Result("other", "s", (2.0, 2.0, 2.0))
     assert other.ratios(base) == (2.0, 1.0, 0.5)
-    assert _ratio(other, base) == "1.00 (0.50-2.00)"
-    assert _ratio(base, base) == "1.00"
+    assert ratio(other, base) == "1.00 (0.50-2.00)"
+    assert ratio(base, base) == "1.00"
     assert Result("fewer", "s", (4.0,)).ratios(base) == (2.0,)
     many = Result("many", "s", tuple(map(float, range(1, MANY + 1))))
     assert many.ratios(many) == (1.0,)
-    assert _ratio(Result("share", "%", (1.0,)), base) == ""
-    assert _ratio(other, Result("nothing", "s", (0.0, 0.0, 0.0))) == ""
+    assert ratio(Result("share", "%", (1.0,)), base) == ""
+    assert ratio(other, Result("nothing", "s", (0.0, 0.0, 0.0))) == ""
 
 
 def test_quantiles():

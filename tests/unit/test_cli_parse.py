@@ -39,6 +39,8 @@ WORDS = sorted(
 @example(["run", "hello", "--timeout", "2.5", "--cpus", "2"])
 @example(["pages", "hello", "--do", "split:1", "--json", "--do", "merge:all"])
 @example(["snapshot", "info", "hello", "--json"])
+@example(["bench", "exits", "--json", "faults"])
+@example(["bench", "exits", "faults", "--json"])
 def test_plain_agrees_with_argparse(argv):
     plain = parse_plain(argv)
     if plain is None:
