@@ -31,7 +31,7 @@ pytestmark = [needs("kvm", "uffd_guest"), pytest.mark.seconds(SECONDS + 180)]
 
 BUDGET = 128 * MIB
 SETTLING = 30.0
-LOOKS = 20
+LOOKS = 6
 TRIES = 10
 FACTORS = {"high": 1.25, "clear": 1.08, "soft": 1.02, "hard": 0.96, "low": 0.8}
 """A new budget, by what VMs have: the state that it begins in."""
@@ -116,7 +116,7 @@ class Soak:
         found = []
         for _ in range(LOOKS):
             found.append(sum(map(taken, pids)) / self.budget)
-            time.sleep(0.02)
+            time.sleep(0.03)
         return sum(found) / LOOKS
 
     def settle(self):
@@ -162,12 +162,10 @@ class Soak:
         devices = ["balloon"] if "balloon" in next(vm for vm in VMS if vm["name"] == name) else []
         with VM.receive(f"unix:{path}", devices=devices) as into:
             with Client(str(self.fleet.run / f"{name}.vm.sock")) as client:
-                client.ask("pause")
                 client.ask("migrate", to=into.address)
             with into.vm(PATIENCE) as vm:
                 into.result(PATIENCE)
-                if not vm.paused:
-                    vm.pause()
+                vm.pause()
                 assert MODELS[name](vm) == [], name
 
 
