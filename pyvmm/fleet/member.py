@@ -34,9 +34,12 @@ _ROOM, _GROWING = MIB // 2, 32
 """So much, and one in so many of its pages, a VM may take more without giving up anything."""
 
 
+_NO_PROCESS = ("refused", "ended", "died")
+
+
 class Member:
-    """state: refused (there is no room), starting, then what the VM says (running, paused, migrating), silent, and at
-    the end ended or died. why: words for that. target: what was decided last."""
+    """state: refused (there is no room), starting, then what the VM says (running, paused, migrating), silent, ending
+    (its guest has ended), and when its process has, ended or died. why: words for that. target: what was decided last."""
 
     def __init__(self, guest: Guest, folder: Folder) -> None:
         self.guest = guest
@@ -65,7 +68,7 @@ class Member:
     @property
     def alive(self) -> bool:
         """Has it a process?"""
-        return self.state not in ("refused", "ended", "died")
+        return self.state not in _NO_PROCESS
 
     # ---- looking ----
 
@@ -114,7 +117,8 @@ class Member:
         status = client.result(numbers[0])
         if not self.vmm.found(status["pid"]):
             raise ControlError(f"{self._path}: another process answers there")
-        self.state, self.why = str(status["state"]), ""
+        state = str(status["state"])
+        self.state, self.why = "ending" if state in _NO_PROCESS else state, ""  # a guest has ended before its process
         homes = status["pages"]["homes"]
         self.swapped, self.shared = homes["swap"] * PAGE_SIZE, homes["shared"] * PAGE_SIZE
         self.ballooned = homes["balloon"] * PAGE_SIZE

@@ -232,6 +232,15 @@ def test_one_that_answers_nonsense_is_silent_and_not_asked_all_the_time(vmm, mem
     assert (member.state, member.why) == ("running", "")
 
 
+def test_a_guest_that_has_ended_and_a_process_that_has_not(vmm, member, monkeypatch):
+    """The process is waited for, or nobody would tell of its status."""
+    said = vmm.status
+    monkeypatch.setattr(vmm, "status", lambda arguments: said(arguments) | {"state": "ended"})
+    member.look()
+    assert (member.state, member.alive) == ("ending", True)
+    assert member.as_dict()["pid"] == os.getpid()
+
+
 def test_another_process_at_its_socket_is_not_believed(vmm, member, monkeypatch):
     member.look()
     monkeypatch.setattr(vmm, "status", lambda arguments: {"pid": 1, "state": "running"})
