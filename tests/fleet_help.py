@@ -18,7 +18,9 @@ from pyvmm.errors import BadInput, ControlError
 
 
 class Fleet:
-    """`pyvmm host up` of a file, in a folder of its own."""
+    """`pyvmm host up` of a file, in a folder of its own. patience: seconds for VMs to begin, and the daemon to end."""
+
+    patience = PATIENCE
 
     def __init__(self, folder):
         self.folder = folder
@@ -64,7 +66,7 @@ class Fleet:
         return {name: vm["state"] for name, vm in self.vms().items()}
 
     def running(self, *names):
-        until(lambda: self.states() and all(self.states().get(name) == "running" for name in names))
+        until(lambda: self.states() and all(self.states().get(name) == "running" for name in names), self.patience)
         return self.vms()
 
     def ask(self, name, do, **arguments):
@@ -80,7 +82,7 @@ class Fleet:
         return self.ended()
 
     def ended(self):
-        self.process.communicate(timeout=PATIENCE)
+        self.process.communicate(timeout=self.patience)
         return self.process.returncode
 
     def close(self):

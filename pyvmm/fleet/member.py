@@ -39,7 +39,8 @@ _NO_PROCESS = ("refused", "ended", "died")
 
 class Member:
     """state: refused (there is no room), starting, then what the VM says (running, paused, migrating), silent, ending
-    (its guest has ended), and when its process has, ended or died. why: words for that. target: what was decided last."""
+    (its guest has ended), and when its process has, ended or died. why: words for that. target: what was decided
+    last."""
 
     def __init__(self, guest: Guest, folder: Folder) -> None:
         self.guest = guest
