@@ -30,6 +30,7 @@ def names(count):
     return [f"v{number}" for number in range(count)]
 
 
+@pytest.mark.seconds(120)
 def test_four_guests_live_in_half_of_what_they_want(fleet):
     fleet.write("64M", *({"name": name, "append": "order=random"} for name in names(4)))
     fleet.up()
