@@ -17,6 +17,7 @@ import pytest
 pytest_plugins = ["pytester", *([] if "pyvmm.pytest_plugin" in sys.modules else ["pyvmm.pytest_plugin"])]
 
 TEST_SECONDS = 60
+"""Of one test; `pytest.mark.seconds(N)`: of one that says so."""
 SETTLE_SECONDS = 2
 """For what ends by itself soon: KVM's worker threads, children that were killed."""
 
@@ -25,11 +26,14 @@ _stderr = pytest.StashKey[int]()
 
 def pytest_configure(config):
     config.stash[_stderr] = os.dup(2)  # the capture of output is not in place here
+    config.addinivalue_line("markers", "seconds(n): so long the test may take")
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
-    faulthandler.dump_traceback_later(TEST_SECONDS, exit=True, file=item.config.stash[_stderr])
+    marked = item.get_closest_marker("seconds")
+    seconds = marked.args[0] if marked else TEST_SECONDS
+    faulthandler.dump_traceback_later(seconds, exit=True, file=item.config.stash[_stderr])
     try:
         return (yield)
     finally:

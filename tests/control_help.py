@@ -127,9 +127,9 @@ class FakeVm:
         return self.migrations.get(timeout=PATIENCE)
 
 
-def until(condition):
+def until(condition, seconds=PATIENCE):
     """Waits for what another thread does soon."""
-    end = time.monotonic() + PATIENCE
+    end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.001)

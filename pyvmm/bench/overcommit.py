@@ -2,10 +2,11 @@
 """Three guests `classes`, mostly free, mostly cache, mostly active, in VMM processes of a fleet, with 47 % of their
 memory for all; once with all of it, then once a round with each policy, each time begun anew.
 
-Refaults are pages that the host read back soon after they had gone to swap, and pages that the guest had given to its
-balloon and read again: for each 1,000 touches, summed over the guests, since a guest that waits for pages does less
-and so asks for fewer in a second. Slowdown: how many times as long a touch takes as with all memory; the mean of the
-three, and the worst. Taken: what of the promised memory was not resident, at the end: the policies must be alike in it.
+Refaults are pages that a guest touched and the host read from its swap, and pages that the guest had given to its
+balloon and read again, however long they had been away: for each 1,000 touches, summed over the guests, since a guest
+that waits for pages does less and so asks for fewer in a second. Slowdown: how many times as long a touch takes as with
+all memory; the mean of the three, and the worst. Taken: what of the promised memory was not resident, at the end: the
+policies must be alike in it.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class _Look:
     def __init__(self, client: Client) -> None:
         status, swap, balloon = client.ask("status"), client.ask("swap"), client.ask("balloon")
         self.touches = int(status["progress"]["count"])
-        self.swap = 0 if swap["swap"] is None else int(swap["swap"]["refaults"])
+        self.swap = 0 if swap["swap"] is None else int(swap["swap"]["reads"])  # with 4k pages one for each touch
         self.guest = int(balloon["refaults"] or 0)
         self.swapped = int(status["pages"]["homes"]["swap"]) * PAGE_SIZE
         pages = status["pages"]

@@ -130,11 +130,13 @@ class Daemon:
             if name not in ours and Vmm(self._folder, name).locked():
                 self._journal.write("foreign", vm=name)
                 self._say(f"{name}: runs in {self._folder.path}, and is not in the file: its memory is not counted")
-        for member in self.members:
-            if member.vmm.locked():
-                member.state = "starting"
-                member.look()
-                self._note("adopted", member, f"runs already, process {member.vmm.pid}")
+        running = [member for member in self.members if member.vmm.locked()]
+        for member in running:
+            member.state = "starting"
+            member.ask()
+        for member in running:
+            member.hear()
+            self._note("adopted", member, f"runs already, process {member.vmm.pid}")
 
     def _look(self) -> None:
         self._bury()

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from pyvmm.layout import MIB
+from pyvmm.layout import MIB, PAGE_SIZE
 from pyvmm.record import Record
 
 TYPE_CHECKING = False
@@ -16,6 +16,8 @@ CLASSES = (
 """Each page that a guest has is in one of them (US9529609B2). A buffer is a page whose content is on the guest's disk
 too; anonymous is what is nowhere else."""
 ACTIVE = CLASSES[:3]
+_PLENTY = 16
+"""One in so many pages."""
 MOST = 1 << 52
 """Bytes: no figure is larger."""
 
@@ -101,12 +103,12 @@ class Demand(Record):
     resident: what it takes of the host's memory; swapped: what the host has swapped out of it; ballooned: given up by
     its balloon. classes: what the guest says, which knows nothing of what is swapped. classes, working_set: None where
     nobody knows. balloon: has it one? swap: has the guest a swap device of its own? refaults: pages a second that came
-    back soon after they had gone.
+    back soon after they had gone; returned: of these, from the host's swap.
     """
 
     __slots__ = (
-        "balloon", "ballooned", "classes", "limit", "memory", "name", "refaults", "reservation", "resident", "shares",
-        "swap", "swapped", "wanted", "working_set",
+        "balloon", "ballooned", "classes", "limit", "memory", "name", "refaults", "reservation", "resident", "returned",
+        "shares", "swap", "swapped", "wanted", "working_set",
     )  # fmt: skip
 
     def __init__(
@@ -125,6 +127,7 @@ class Demand(Record):
         wanted: int | None = None,
         ballooned: int = 0,
         swapped: int = 0,
+        returned: float = 0.0,
     ) -> None:
         self.name = name
         self.memory = memory
@@ -140,6 +143,7 @@ class Demand(Record):
         self.wanted = wanted
         self.ballooned = ballooned
         self.swapped = swapped
+        self.returned = returned
 
     @property
     def active(self) -> int | None:
@@ -148,6 +152,16 @@ class Demand(Record):
         if self.working_set is not None:
             return self.working_set.high
         return None if self.classes is None else self.classes.active
+
+    @property
+    def resting(self) -> int:
+        """Of what is in the host's swap, bytes that do not come back within a second."""
+        return max(0, self.swapped - int(self.returned * PAGE_SIZE))
+
+    @property
+    def content(self) -> bool:
+        """Has the guest plenty of free memory? It would do nothing with more."""
+        return self.classes is not None and self.classes.free * _PLENTY >= self.memory
 
     @property
     def most(self) -> int:

@@ -38,6 +38,9 @@ def by_class(vm: Demand, over: int, means: Collection[str]) -> Split:
     What is free or a buffer goes by balloon, what is anonymous by host swap, or by balloon where the guest swaps by
     itself: the host would swap what the guest is about to (double paging, T6). Active classes go last.
 
+    What is in the host's swap and does not come back goes right after free pages: it is gone already, and nobody misses
+    it. For what comes back room is made as for all else.
+
     Without a balloon, or where it is not allowed, all goes by swap, and the other way round what is anonymous stays.
     Where nobody knows the classes, it is the host's to find what is idle, by swap.
     """
@@ -48,6 +51,10 @@ def by_class(vm: Demand, over: int, means: Collection[str]) -> Split:
     split = Split()
     left = min(over, max(0, vm.resident + vm.swapped - vm.classes.unreclaimable))
     for name in ORDER:
+        if name == "inactive_buffer":
+            rest = min(left, vm.resting)
+            split.swap += rest
+            left -= rest
         part = min(left, getattr(vm.classes, name))
         left -= part
         if inflates and (name in _BY_BALLOON or vm.swap):

@@ -30,11 +30,17 @@ _AIM = 0.995
 """Of its ceiling a VM that wants more is to have so much on average: what it has goes up and down."""
 _STEP = MIB // 16
 """A limit that differs by less is not told."""
+_ROOM, _GROWING = MIB // 2, 32
+"""So much, and one in so many of its pages, a VM may take more without giving up anything."""
+
+
+_NO_PROCESS = ("refused", "ended", "died")
 
 
 class Member:
-    """state: refused (there is no room), starting, then what the VM says (running, paused, migrating), silent, and at
-    the end ended or died. why: words for that. target: what was decided last."""
+    """state: refused (there is no room), starting, then what the VM says (running, paused, migrating), silent, ending
+    (its guest has ended), and when its process has, ended or died. why: words for that. target: what was decided
+    last."""
 
     def __init__(self, guest: Guest, folder: Folder) -> None:
         self.guest = guest
@@ -42,7 +48,7 @@ class Member:
         self.state, self.why = "refused", ""
         self.target: Target | None = None
         self.resident = self.swapped = self.ballooned = self.shared = 0
-        self.refaults = 0.0
+        self.refaults = self.returned = 0.0
         self.classes: Classes | None = None
         self.working_set: WorkingSet | None = None
         self.has_balloon = False
@@ -54,7 +60,8 @@ class Member:
         self._asks_balloon = guest.balloon
         self._seen_balloon: tuple[float, int] | None = None  # when, pages that the guest has read again
         self._pressing: bool | None = None  # had it to give up pages lately? None: nobody knows
-        self._slack = 0
+        self._grown = 0  # by so much since the last look
+        self._slack = BLOCK_SIZE
         self._seen: tuple[float, int, int] | None = None  # when, refaults, pages taken
         self._after, self._wait = 0.0, _RETRY
         self._numbers: list[int] = []  # of what was asked
@@ -62,7 +69,7 @@ class Member:
     @property
     def alive(self) -> bool:
         """Has it a process?"""
-        return self.state not in ("refused", "ended", "died")
+        return self.state not in _NO_PROCESS
 
     # ---- looking ----
 
@@ -111,7 +118,8 @@ class Member:
         status = client.result(numbers[0])
         if not self.vmm.found(status["pid"]):
             raise ControlError(f"{self._path}: another process answers there")
-        self.state, self.why = str(status["state"]), ""
+        state = str(status["state"])
+        self.state, self.why = "ending" if state in _NO_PROCESS else state, ""  # a guest has ended before its process
         homes = status["pages"]["homes"]
         self.swapped, self.shared = homes["swap"] * PAGE_SIZE, homes["shared"] * PAGE_SIZE
         self.ballooned = homes["balloon"] * PAGE_SIZE
@@ -121,17 +129,18 @@ class Member:
 
     def _look_at_swap(self, found: dict[str, Any], pages: dict[str, Any]) -> None:
         now = time.monotonic()
-        self.limit, self.refaults = found["limit"], 0.0
+        self.limit, self.refaults, self.returned = found["limit"], 0.0, 0.0
         if found["swap"] is None:
             self.resident = (pages["large"] + pages["small"] + pages["homes"]["aside"]) * PAGE_SIZE
             return
-        self.resident = int(found["resident"])
+        resident = int(found["resident"])
+        self.resident, self._grown = resident, max(0, resident - self.resident)
         used = found.get("working_set")
         self.working_set = None if used is None else WorkingSet(int(used["size"]), int(used["low"]), int(used["high"]))
         refaults, taken = int(found["swap"]["refaults"]), int(found["taken"])
         if self._seen is not None:
             then, before, taken_before = self._seen
-            self.refaults = max(0, refaults - before) / max(now - then, 1e-3)
+            self.refaults = self.returned = max(0, refaults - before) / max(now - then, 1e-3)
             self._pressing = taken > taken_before
         self._seen = (now, refaults, taken)
 
@@ -158,19 +167,24 @@ class Member:
         self._seen_balloon = (now, again)
 
     def demand(self) -> Demand:
-        """For the policy. A VM that has not had to give up pages since the last look would not use much more now."""
+        """For the policy. A VM that has not had to give up pages since the last look would not use much more now than
+        it has, what it grows by, and what its guest would take out of the balloon."""
         guest = self.guest
-        wanted = None if self._pressing is not False else self.resident * 5 // 4 + 2 * BLOCK_SIZE
-        return Demand(
+        found = Demand(
             guest.name, guest.memory, guest.shares, guest.reservation, guest.limit, self.resident, self.classes,
-            self.has_balloon, guest.swap, self.working_set, self.refaults, wanted, self.ballooned, self.swapped,
+            self.has_balloon, guest.swap, self.working_set, self.refaults, None, self.ballooned, self.swapped,
+            self.returned,
         )  # fmt: skip
+        if self._pressing is False:
+            held = 0 if found.content else self.ballooned
+            found.wanted = self.resident + held + 2 * self._grown + _ROOM + self.resident // _GROWING
+        return found
 
     # ---- telling ----
 
     def follow(self, target: Target) -> None:
         """Has it live by what was decided. A VMM begins to give up pages a block and a little below its limit, and so
-        its VM has less than that on average; the limit is higher by as much as this is seen to be."""
+        its VM has less than that on average; the limit is higher by a block, then by as much as this is seen to be."""
         self.target = target
         if self._client is None:
             return
@@ -210,7 +224,8 @@ class Member:
             if status > 0 and (said := self._folder.last_line(self.guest.name)):
                 self.why += f": {said}"
         self.resident = self.swapped = self.ballooned = self.shared = 0
-        self.refaults, self.classes, self.working_set, self.target = 0.0, None, None, None
+        self.refaults, self.returned = 0.0, 0.0
+        self.classes, self.working_set, self.target = None, None, None
 
     def disconnect(self) -> None:
         """What it was told stays."""

@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     from pyvmm.fleet.policy import Policy
 
 
-_PLENTY = 16
-
-
 class Target(Record):
     """Of the VM `name`. entitlement: what it should have; ceiling: more than this it must not have from now on;
     balloon: so much its balloon is to hold; split: how what it has beyond its entitlement is away."""
@@ -56,17 +53,19 @@ def plan(vms: Sequence[Demand], budget: int, policy: Policy, means: Collection[s
         else:
             gap = given - vm.resident
             grow = min(gap, free * gap // gaps) if gaps else 0
-            balloon = vm.ballooned + split.balloon if over > 0 else vm.ballooned - _back(vm, min(grow, -over))
+            balloon = vm.ballooned + (split.balloon or -_back(policy, vm, grow, over))
             found.append(Target(vm.name, given, vm.resident + grow, balloon, split))
     return found
 
 
-def _back(vm: Demand, room: int) -> int:
-    """Of what its balloon holds, what the guest gets back, where it may have so much more. One that has plenty of free
-    memory would do nothing with it."""
-    if vm.classes is not None and vm.classes.free * _PLENTY >= vm.memory:
+def _back(policy: Policy, vm: Demand, room: int, over: int) -> int:
+    """Of what its balloon holds, what the guest gets back."""
+    if vm.content:
         return 0
-    return min(room, vm.ballooned)
+    back = policy.back(vm, room, over)
+    if type(back) is not int or back < 0:
+        raise BadInput(f"policy: back() gave {back!r} for {vm.name}: give a number of bytes, 0 or more")
+    return min(back, room, vm.ballooned)
 
 
 class Planner:

@@ -30,6 +30,11 @@ class Policy:
         off that. vm.balloon: has it one at all?"""
         raise NotImplementedError
 
+    def back(self, vm: Demand, room: int, over: int) -> int:
+        """How much of what its balloon holds the guest of `vm` gets back, which has `room` bytes more in the host's
+        memory from now on. over: as in split(), or less than nothing. By default what is swapped comes back first."""
+        return min(room, max(0, -over))
+
 
 class ClassBased(Policy):
     """Technique T2: what is idle is taxed, and what is given up goes as its class wants."""
@@ -37,6 +42,10 @@ class ClassBased(Policy):
     def split(self, vm: Demand, over: int, means: Collection[str]) -> Split:
         """By class."""
         return by_class(vm, over, means)
+
+    def back(self, vm: Demand, room: int, over: int) -> int:
+        """For what is swapped and does not come back no room is kept."""
+        return min(room, max(0, vm.resting - over))
 
 
 class _Blind(Policy):

@@ -68,7 +68,7 @@ class _Vm:
         self.swap = dict.fromkeys(CLASSES, 0)
         self.use = series.looks[0].as_dict()
         self.ceiling = series.memory
-        self.refaulted = 0
+        self.refaulted = self.returned = 0
         self.ticks = 0
 
     def here(self, name: str) -> int:
@@ -85,6 +85,7 @@ class _Vm:
         return Demand(
             series.name, series.memory, series.shares, series.reservation, series.limit, self.resident, classes,
             series.balloon, series.swap, ballooned=sum(self.balloon.values()), swapped=sum(self.swap.values()),
+            returned=self.returned,
         )  # fmt: skip
 
     def turn(self, tick: int) -> None:
@@ -103,6 +104,7 @@ class _Vm:
     def touch(self, outcome: Outcome) -> None:
         """The guest works for a tick: what it touches comes back, as far as its VM's ceiling lets it: else something
         else goes for that. Free pages that are ballooned are just not there."""
+        self.returned = 0
         for name in CLASSES:
             for away in (self.balloon, self.swap):
                 if name == "free" and away is self.balloon:
@@ -110,6 +112,8 @@ class _Vm:
                 came = _pages(away[name] * TOUCHED[name])
                 away[name] -= came
                 self._read(came, outcome)
+                if away is self.swap:
+                    self.returned += came // PAGE_SIZE
                 if name == "free":
                     outcome.stale += came // PAGE_SIZE
         self.ticks += 1

@@ -183,6 +183,13 @@ class TestByClass:
         """Free 32 and idle buffers 16 by balloon; 8 anonymous; then active ones; never what is unreclaimable."""
         assert by_class(of(balloon=True), over * MIB, BOTH) == Split(balloon * MIB, swap * MIB)
 
+    def test_what_nobody_misses_in_the_swap_goes_before_buffers(self):
+        """10 MiB are in the swap. While they stay there, 10 of the 16 buffers may stay too; if they come back, none."""
+        assert by_class(of(balloon=True, swapped=10 * MIB), 48 * MIB, ("balloon",)) == Split(38 * MIB, 10 * MIB)
+        missed = of(balloon=True, swapped=10 * MIB, returned=6 * MIB // 4096)
+        assert by_class(missed, 48 * MIB, ("balloon",)) == Split(44 * MIB, 4 * MIB)
+        assert by_class(of(balloon=True, swapped=10 * MIB), 20 * MIB, ("balloon",)) == Split(20 * MIB, 0)
+
     def test_a_guest_that_swaps_gives_all_of_it_by_balloon(self):
         assert by_class(of(balloon=True, swap=True), 62 * MIB, BOTH) == Split(62 * MIB, 0)
 
@@ -204,7 +211,7 @@ class TestByClass:
     def test_never_more_than_asked_nor_by_what_is_forbidden(self, vm, over, means):
         split = by_class(vm, over, means)
         assert 0 <= split.total <= over
-        assert not split.swap or "swap" in means
+        assert split.swap <= vm.resting or "swap" in means
         assert not split.balloon or ("balloon" in means and vm.balloon)
 
     def test_each_class_but_one_may_go(self):
@@ -272,6 +279,25 @@ class TestPlan:
         assert (target.ceiling, target.balloon) == (40 * MIB, 10 * MIB)
         vm.classes = Classes(active_anonymous=10 * MIB, free=20 * MIB)
         assert plan([vm], 40 * MIB, ClassBased(), BOTH)[0].balloon == 20 * MIB
+
+    def test_a_balloon_keeps_no_room_for_what_nobody_misses_in_the_swap(self):
+        """44 of 48 MiB are there: the guest gets 4 from the balloon, though 6 are in the swap; but for what comes back
+        from there, and unless the policy knows no classes."""
+        vm = Demand("x", 64 * MIB, resident=44 * MIB, balloon=True, ballooned=10 * MIB, swapped=6 * MIB)
+        vm.classes = Classes(active_anonymous=53 * MIB, free=MIB)
+        assert plan([vm], 48 * MIB, ClassBased(), ("swap",))[0].balloon == 6 * MIB
+        vm.returned = 3 * MIB // 4096
+        assert plan([vm], 48 * MIB, ClassBased(), ("swap",))[0].balloon == 9 * MIB
+        assert plan([vm], 48 * MIB, POLICIES["swap-only"](), ("swap",))[0].balloon == 10 * MIB
+
+    @pytest.mark.parametrize("back", [-1, 1.5, None])
+    def test_a_policy_that_gives_back_what_is_no_size(self, back):
+        class Wrong(ClassBased):
+            def back(self, vm, room, over):
+                return back
+
+        with pytest.raises(BadInput, match=r"policy: back\(\) gave .* for x: give a number of bytes"):
+            plan([Demand("x", 64 * MIB, balloon=True, ballooned=MIB)], 48 * MIB, Wrong(), ())
 
     @pytest.mark.parametrize(
         ("entitled", "split", "words"),

@@ -106,7 +106,12 @@ def test_what_it_answers_is_what_is_known(vmm, member):
     time.sleep(0.01)
     member.look()
     assert member.demand().refaults > 0
-    assert member.demand().wanted == 14 * MIB * 5 // 4 + 4 * MIB  # it had to give up nothing since
+    assert member.demand().returned > 0
+    room = MIB // 2 + 14 * MIB // 32
+    assert member.demand().wanted == 14 * MIB + 2 * MIB + room  # it had to give up nothing since: with its balloon's
+    vmm.resident += MIB
+    member.look()
+    assert member.demand().wanted == 15 * MIB + 2 * MIB + 2 * MIB + MIB // 2 + 15 * MIB // 32  # and twice what it grew
     assert member.demand().active is None
     vmm.taken += 1
     vmm.watched = True
@@ -123,13 +128,20 @@ def test_without_a_limit_what_is_mapped_counts(vmm, member):
     assert vmm.limit >= 16 * MIB
 
 
-def test_a_vm_that_does_not_want_more_is_given_nothing_extra(vmm, member):
-    """What its VMM keeps free is seen of a VM at its limit alone."""
+def test_who_has_plenty_free_does_not_want_what_its_balloon_holds(vmm, member):
+    vmm.stats = vmm.stats | {"free": 16 * MIB}
+    for _ in range(2):
+        member.look()
+    assert member.demand().wanted == 14 * MIB + MIB // 2 + 14 * MIB // 32
+
+
+def test_a_vm_that_does_not_want_more_is_given_a_block_extra(vmm, member):
+    """So far below its limit its VMM would begin; how much it keeps free is seen of a VM at its limit alone."""
     for _ in range(5):
         vmm.resident = 2 * MIB
         member.look()
         told(member, target(16 * MIB))
-    assert vmm.limit == 16 * MIB
+    assert vmm.limit == 18 * MIB
 
 
 def test_its_limit_is_higher_by_what_its_vmm_keeps_free(vmm, member):
@@ -220,6 +232,15 @@ def test_one_that_answers_nonsense_is_silent_and_not_asked_all_the_time(vmm, mem
     assert (member.state, member.why) == ("running", "")
 
 
+def test_a_guest_that_has_ended_and_a_process_that_has_not(vmm, member, monkeypatch):
+    """The process is waited for, or nobody would tell of its status."""
+    said = vmm.status
+    monkeypatch.setattr(vmm, "status", lambda arguments: said(arguments) | {"state": "ended"})
+    member.look()
+    assert (member.state, member.alive) == ("ending", True)
+    assert member.as_dict()["pid"] == os.getpid()
+
+
 def test_another_process_at_its_socket_is_not_believed(vmm, member, monkeypatch):
     member.look()
     monkeypatch.setattr(vmm, "status", lambda arguments: {"pid": 1, "state": "running"})
@@ -245,6 +266,6 @@ def test_the_table(member, vmm, capsys):
     out = capsys.readouterr().out
     assert out.startswith("soft: 14.0 of 64M, policy class-based, process 7; MiB\n")
     lines = [line.split() for line in out.splitlines()]
-    assert ["a", "running", "32.0", "14.0", "-", "16.0", "16.0", "2.0", "3.0", "1.0", "0.0", "0"] in lines
+    assert ["a", "running", "32.0", "14.0", "-", "16.0", "18.0", "2.0", "3.0", "1.0", "0.0", "0"] in lines
     assert ["a", *["1.0"] * 6] in lines
     assert "b: b does not fit" in out
