@@ -25,7 +25,7 @@ from pyvmm.snapshot.rewrite import pack, set_wset
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from pyvmm.memory.space import Pages
+    from pyvmm.memory.mapping import Pages
 
 _PATIENCE = 60
 """Seconds in which a guest has done its task, also where it reads each page from a slow disk."""

@@ -19,7 +19,7 @@ from pyvmm.record import Record
 if TYPE_CHECKING:
     from pyvmm.machine import VM
     from pyvmm.memory.engine import Engine
-    from pyvmm.memory.space import Pages
+    from pyvmm.memory.mapping import Pages
 
 _MOVE, _COPY = "move", "copy"
 """With UFFDIO_MOVE, and as on hosts that lack it."""

@@ -17,7 +17,7 @@ from pyvmm.machine import VM
 from pyvmm.record import Record
 
 if TYPE_CHECKING:
-    from pyvmm.memory.space import Pages
+    from pyvmm.memory.mapping import Pages
 
 _SIDES = {"not populated": False, "populated": True}
 _BOOT = 0.001

@@ -13,7 +13,7 @@ from pyvmm.record import Record
 
 if TYPE_CHECKING:
     from pyvmm.machine import VM
-    from pyvmm.memory.space import Pages
+    from pyvmm.memory.mapping import Pages
 
 # name -> tracker, whether the vCPUs stand meanwhile
 SIDES = {

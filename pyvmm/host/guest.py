@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from pyvmm.kvm import VcpuFd, VmFd
-    from pyvmm.memory.space import Pages
+    from pyvmm.memory.mapping import Pages
 
 TIME_LIMIT = 0.5
 """Seconds that a trial guest has for one run."""

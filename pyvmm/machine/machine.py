@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from pyvmm.machine.restoring import RestoreOptions
     from pyvmm.machine.saving import Saved, SaveOptions
     from pyvmm.memory.engine import Engine
-    from pyvmm.memory.space import Pages
+    from pyvmm.memory.mapping import Pages
     from pyvmm.memory.trace import Rings, Target, Trace
     from pyvmm.migration.shape import Shape
     from pyvmm.snapshot.lazy import FileHome

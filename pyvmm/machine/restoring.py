@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from typing import TypedDict
 
     from pyvmm.machine.machine import VM
-    from pyvmm.memory.space import Pages
+    from pyvmm.memory.mapping import Pages
     from pyvmm.snapshot.reader import Progress
 
     class RestoreOptions(TypedDict, total=False):

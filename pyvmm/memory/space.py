@@ -3,33 +3,32 @@
 
 from __future__ import annotations
 
-import errno
 import threading
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import count
 
 from pyvmm._native import ffi, lib
-from pyvmm.errors import BadInput, HostError, MemoryAccessError, check
-from pyvmm.layout import BLOCK_SIZE, MIN_MEMORY, PAGE_SIZE, Gpa, Hva, format_size, ram_regions
+from pyvmm.errors import BadInput, MemoryAccessError, check
+from pyvmm.layout import BLOCK_SIZE, PAGE_SIZE, Gpa, Hva, ram_regions
+from pyvmm.memory.mapping import allocate, check_size
+from pyvmm.memory.views import NOTHING, Pinned, View, page_range
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import weakref
     from collections.abc import Callable, Iterator
-    from typing import Literal, TypeAlias
+    from typing import TypeAlias
 
     from pyvmm._native import CData
     from pyvmm.memory.counts import PageCounts
     from pyvmm.memory.engine import Engine
+    from pyvmm.memory.mapping import Pages
     from pyvmm.memory.reclaim.reclaimer import Reclaimer
     from pyvmm.memory.swap import Swap
+    from pyvmm.memory.views import Nothing
 
-    Pages: TypeAlias = Literal["auto", "2m", "4k"]
     Buffer: TypeAlias = bytes | bytearray | memoryview
 
-PAGES = ("auto", "2m", "4k")
 _BLOCK_PAGES = BLOCK_SIZE // PAGE_SIZE
-_THP = "/sys/kernel/mm/transparent_hugepage/enabled"
 
 
 class GuestMemory:
@@ -45,19 +44,13 @@ class GuestMemory:
     """
 
     def __init__(self, size: int, pages: Pages = "auto", hugetlb: bool = False, address_bits: int = 48) -> None:
-        _check_size(size, hugetlb, address_bits)
-        if pages not in PAGES:
-            raise BadInput(f"pages={pages!r}: choose one of {', '.join(PAGES)}")
-        if hugetlb and pages == "4k":
-            raise BadInput("hugetlb memory is in 2 MiB pages: it cannot go with pages=4k")
-        if pages == "2m" and not hugetlb:
-            _require_thp()
+        check_size(size, pages, hugetlb, address_bits)
         self.size = size
         self.backing = pages
         self.hugetlb = hugetlb
         self.regions = ram_regions(size)
         # The cdata object owns the mapping: it goes when the last view of it has gone, never before.
-        self._base: CData | None = _map(size, pages, hugetlb)
+        self._base: CData | None = allocate(size, pages, hugetlb)
         self.untouched = True
         self.on_engine: Callable[[Engine], None] = lambda engine: None
         """Called with the engine when it is first asked for."""
@@ -72,7 +65,7 @@ class GuestMemory:
         self.swap: Swap | None = None
         """The home of pages in a file, while there is one."""
         self.on_write: Callable[[int, int], None] | None = None
-        self._views: dict[int, _View] = {}
+        self._views: dict[int, View] = {}
         self._view_numbers = count()
         if pages == "auto" and not hugetlb:
             check(lib.pv_madvise(self._base, min(size, BLOCK_SIZE), lib.MADV_NOHUGEPAGE), "madvise")
@@ -233,14 +226,14 @@ class GuestMemory:
         self.untouched = False
         with self._present(offset, size):
             lib.pv_copy(mapping + offset, source, size)
-        self._wrote(*_page_range(offset, size))
+        self._wrote(*page_range(offset, size))
 
     def zero(self, gpa: Gpa, size: int) -> None:
         """Writes zeros. Raises MemoryAccessError unless the whole range is RAM."""
         mapping, offset = self._mapping(), self._offset(gpa, size)
         with self._present(offset, size):
             lib.pv_zero(mapping + offset, size)
-        self._wrote(*_page_range(offset, size))
+        self._wrote(*page_range(offset, size))
 
     def view(self, gpa: Gpa, size: int) -> memoryview:
         """A writable view of guest memory, without a copy; it stays valid, and the memory mapped, while it is held.
@@ -251,7 +244,7 @@ class GuestMemory:
         mapping, offset = self._mapping(), self._offset(gpa, size)
         self.untouched = False
         buffer = ffi.buffer(mapping, self.size)
-        self._watch(buffer, *_page_range(offset, size))
+        self._watch(buffer, *page_range(offset, size))
         return memoryview(buffer)[offset : offset + size]
 
     @contextmanager
@@ -308,7 +301,7 @@ class GuestMemory:
             self._views.pop(number).unpin()
 
         with self._making:  # not in gone(), which may run at any moment, also while this is held
-            view = self._views[number] = _View(ref(buffer, gone), first, pages)
+            view = self._views[number] = View(ref(buffer, gone), first, pages)
             if self._engine is not None:
                 view.pin(self._engine)
                 if self._engine.has_python_homes:  # who touches a view has the GIL: it must never wait for the engine
@@ -320,9 +313,9 @@ class GuestMemory:
         if (hook := self.on_write) is not None:
             hook(first, pages)
 
-    def _present(self, offset: int, size: int) -> _Pinned | _Nothing:
+    def _present(self, offset: int, size: int) -> Pinned | Nothing:
         """Within its `with`, these bytes are in the guest's mapping. Raises FetchError."""
-        return _NOTHING if self._engine is None else _Pinned(self._engine, *_page_range(offset, size))
+        return NOTHING if self._engine is None else Pinned(self._engine, *page_range(offset, size))
 
     def __getitem__(self, where: slice) -> bytes:
         gpa, size = self._range(where)
@@ -339,91 +332,3 @@ class GuestMemory:
             raise BadInput("guest memory takes slices with both ends and no step: memory[gpa : gpa + size]")
         start, stop = Gpa(where.start.__index__()), Gpa(where.stop.__index__())
         return start, stop - start
-
-
-class _View:
-    """A view that is held. `reference` keeps the weak reference alive that tells of its end."""
-
-    __slots__ = ("_pins", "first", "pages", "reference")
-
-    def __init__(self, reference: weakref.ref[memoryview], first: int, pages: int) -> None:
-        self.reference = reference
-        self.first = first
-        self.pages = pages
-        self._pins: list[Engine] = []  # at most one; append and pop are atomic
-
-    def pin(self, engine: Engine) -> None:
-        engine.pin(self.first, self.pages)
-        self._pins.append(engine)
-        if self.reference() is None:  # it ended meanwhile: whoever comes second to unpin() finds nothing
-            self.unpin()
-
-    def unpin(self) -> None:
-        with suppress(IndexError):
-            self._pins.pop().unpin(self.first, self.pages)
-
-
-class _Pinned:
-    def __init__(self, engine: Engine, first: int, count: int) -> None:
-        self._engine = engine
-        self._range = first, count
-
-    def __enter__(self) -> None:
-        self._engine.pin(*self._range)
-
-    def __exit__(self, *_: object) -> None:
-        self._engine.unpin(*self._range)
-
-
-class _Nothing:
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-
-_NOTHING = _Nothing()
-
-
-def _page_range(offset: int, size: int) -> tuple[int, int]:
-    """(first page, pages) that `size` bytes at `offset` lie in."""
-    first = offset // PAGE_SIZE
-    return first, (offset + size - 1) // PAGE_SIZE - first + 1 if size else 0
-
-
-def _check_size(size: int, hugetlb: bool, address_bits: int) -> None:
-    if size < MIN_MEMORY:
-        raise BadInput(f"memory {format_size(size)} is too small: a VM needs at least {format_size(MIN_MEMORY)}")
-    unit = BLOCK_SIZE if hugetlb else PAGE_SIZE
-    if size % unit:
-        raise BadInput(f"memory {format_size(size)} is not a multiple of {format_size(unit)}")
-    if ram_regions(size)[-1].end.value > 1 << address_bits:
-        raise BadInput(f"memory {format_size(size)} is beyond this CPU's {address_bits}-bit physical addresses")
-    if ram_regions(size)[-1].end.value > 1 << 46:
-        raise BadInput(f"memory {format_size(size)} does not fit into a process: give at most 32T")
-
-
-def _require_thp() -> None:
-    try:
-        with open(_THP) as file:
-            setting = file.read()
-    except OSError:
-        raise HostError("this kernel has no transparent huge pages: use --pages 4k or --hugetlb") from None
-    if "[never]" in setting:
-        raise HostError(f"transparent huge pages are off: run 'echo madvise | sudo tee {_THP}', or use --pages auto")
-
-
-def _map(size: int, pages: Pages, hugetlb: bool) -> CData:
-    backing = lib.PV_BACKING_SMALL if pages == "4k" else lib.PV_BACKING_THP
-    out = ffi.new("void **")
-    error = lib.pv_map(size, lib.PV_BACKING_HUGETLB if hugetlb else backing, out)
-    if error == -errno.ENOMEM and hugetlb:
-        blocks = size // BLOCK_SIZE
-        raise HostError(
-            f"{blocks} huge pages of 2 MiB are not reserved: run 'sudo sysctl vm.nr_hugepages={blocks}', or more"
-        )
-    if error == -errno.ENOMEM:
-        raise HostError(f"the host cannot map {format_size(size)} of memory: give less, or raise 'ulimit -v'")
-    check(error, "mmap", size=size, pages=pages, hugetlb=hugetlb)
-    return ffi.gc(ffi.cast("uint8_t *", out[0]), lambda base: lib.pv_unmap(base, size), size)

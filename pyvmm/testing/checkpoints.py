@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from pyvmm.memory import GuestMemory
-    from pyvmm.memory.space import Pages
+    from pyvmm.memory.mapping import Pages
     from pyvmm.testing.operations import Operation, Subject
 
 RING_ENTRIES = 1024

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pyvmm.machine import VM
-    from pyvmm.memory.space import Pages
+    from pyvmm.memory.mapping import Pages
     from pyvmm.testing.operations import Operation
 
 MIN_MEMORY = 16 * MIB
