@@ -24,7 +24,7 @@ from pyvmm.testing.dup_model import Dup
 from pyvmm.testing.hotcold_model import HotCold
 from pyvmm.testing.verify_model import check_memory
 
-SECONDS = float(os.environ.get("PYVMM_FLEET_SECONDS", "15"))
+SECONDS = float(os.environ.get("PYVMM_FLEET_SECONDS", "5"))
 """Until the last round begins that there is; there is one at least."""
 SEED = int(os.environ.get("PYVMM_FLEET_SEED", "1"))
 pytestmark = [needs("kvm", "uffd_guest"), pytest.mark.seconds(SECONDS + 300)]
@@ -32,7 +32,9 @@ pytestmark = [needs("kvm", "uffd_guest"), pytest.mark.seconds(SECONDS + 300)]
 BUDGET = 128 * MIB
 PATIENCE = 40.0
 """For any one thing, and for the budget to be kept: all CPUs may be busy, with these guests alone."""
-LOOKS = 6
+LOOKS = 3
+JUDGED = 3 if SECONDS < 60 else 8
+"""So many are compared with their models at the end."""
 TRIES = 10
 FACTORS = {"high": 1.25, "clear": 1.08, "soft": 1.02, "hard": 0.96, "low": 0.8}
 """A new budget, by what VMs have: the state that it begins in."""
@@ -180,9 +182,11 @@ def soak(tmp_path, monkeypatch):
 
 def test_eight_guests_in_a_quarter_of_what_they_were_promised(soak, tmp_path):
     chance = random.Random(SEED)
-    soak.daemon(BUDGET)
     end = time.monotonic() + SECONDS
     while soak.seen != set(STATES) or time.monotonic() < end:
+        if soak.fleet.process:
+            soak.kill_daemon()
+        soak.daemon(BUDGET)
         soak.fleet.running(*NAMES)
         soak.settle()
         killed, stopped = chance.sample(NAMES, 2)
@@ -194,18 +198,16 @@ def test_eight_guests_in_a_quarter_of_what_they_were_promised(soak, tmp_path):
             soak.settle()
             soak.get_on()
         soak.verdict()
-        soak.kill_daemon()
-        soak.daemon(BUDGET)
     there = list(soak.vms())
     soak.kill_daemon()
     for name in there:  # they would only be in each other's way
         soak.fleet.ask(name, "pause")
+    modelled = [name for name in there if name in MODELS]
+    judged = chance.sample(modelled, min(JUDGED, len(modelled)))
     for name in there:
-        if name in MODELS:
+        if name in judged:
             soak.judge(name, tmp_path / "s")
         else:
             soak.fleet.ask(name, "resume")
     soak.right()
-    soak.fleet.up()
-    until(soak.fleet.status, PATIENCE)
-    assert soak.fleet.stop() == 0
+    assert soak.fleet.command("stop").returncode == 0
