@@ -34,33 +34,51 @@ _BROKEN_PIPE = EXIT_SIGNAL + 13
 class Signals:
     """Within its `with`, the first signal that asks us to end calls `stop(128+n)`, or watch() does; later ones nothing.
 
-    The handler raises nothing, since that could come in the middle of a thread's start or join, and takes no lock,
-    which the main thread might hold: another thread makes the request.
+    A thread of its own makes the request. A handler of Python's runs on the main thread alone, in the middle of
+    anything, and not at all while that waits, if the signal came just before or went to another thread; but at once the
+    interpreter writes the number to the wakeup fd.
     """
 
     def __init__(self) -> None:
         self._number = 0
         self._stop: Callable[[int], None] | None = None
+        self._lock = _thread.allocate_lock()
 
     def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._arrived) for number in _SIGNALS}
+        came, self._told = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        os.set_blocking(came, True)
+        self._wakeup = signal.set_wakeup_fd(self._told, warn_on_full_buffer=False)
+        self._before = {number: signal.signal(number, _pass) for number in _SIGNALS}
+        _thread.start_new_thread(self._listen, (came,))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup)
+        os.close(self._told)  # which ends the thread
 
     def watch(self, stop: Callable[[int], None]) -> None:
         """From now on a signal calls `stop`; one that came before does so at once."""
-        self._stop = stop
-        if self._number:
-            stop(EXIT_SIGNAL + self._number)
+        with self._lock:
+            self._stop = stop
+            number = self._number
+        if number:
+            stop(EXIT_SIGNAL + number)
 
-    def _arrived(self, number: int, frame: FrameType | None) -> None:
-        if not self._number:
-            self._number = number
-            if self._stop is not None:
-                _thread.start_new_thread(self._stop, (EXIT_SIGNAL + number,))
+    def _listen(self, came: int) -> None:
+        with open(came, "rb", buffering=0) as numbers:
+            while number := numbers.read(1):
+                if number[0] in _SIGNALS and not self._number:
+                    with self._lock:
+                        self._number = number[0]
+                        stop = self._stop
+                    if stop is not None:
+                        stop(EXIT_SIGNAL + number[0])
+
+
+def _pass(number: int, frame: FrameType | None) -> None:
+    """Who listens to the wakeup fd knows already."""
 
 
 class Session:

@@ -317,20 +317,21 @@ class TestReceive:
 
             def act(self):
                 self._cancelled = threading.Event()
+                # To this thread: the one that waits is not woken by it, as when it comes just before.
                 if when == "before":
-                    os.kill(os.getpid(), signal.SIGTERM)
+                    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
                     assert self._cancelled.wait(PATIENCE)
                     return
                 self.build()
                 if when == "between":
-                    os.kill(os.getpid(), signal.SIGTERM)
+                    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
                     assert self._cancelled.wait(PATIENCE)
                     return
                 self._vm.start()
                 self.tell(SWITCHED, Finished(1.0, report=report()))
                 self._here.set()
                 until(lambda: self._vm.progress().count)
-                os.kill(os.getpid(), signal.SIGTERM)
+                signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
 
         assert receive(Interrupted) == 143
         assert capfd.readouterr().err == "pyvmm: listening at unix:s\n"
