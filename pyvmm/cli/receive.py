@@ -134,7 +134,7 @@ class _Received(Shown):
     def finish(self, vm: VM, seconds: float) -> None:
         super().finish(vm, seconds)
         last = self._moving.last
-        if isinstance(last, Switched) and not last.away:
+        if not (isinstance(last, Switched) and last.away):  # who follows may not have come by the last event yet
             self._follower.join(_SETTLING)
         if self.args.json:
             report = None if self._report is None else self._report.as_json()

@@ -242,7 +242,7 @@ def test_clones_that_end_badly_do_not_disturb_the_others(vm, tmp_path, capfd, mo
 
 
 def test_a_damaged_block_ends_its_clone_alone(vm, tmp_path, capfd, monkeypatch):
-    at_work(vm, tmp_path / "s", "verify", "passes=3 order=random", memory="16M")
+    at_work(vm, tmp_path / "s", "verify", "passes=40 order=random", memory="16M")
     (tmp_path / "bad").write_bytes((tmp_path / "s").read_bytes())
     with Snapshot.open(str(tmp_path / "s")) as snapshot:
         at = snapshot.header.sections["states"].offset // 2
