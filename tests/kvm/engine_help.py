@@ -15,7 +15,7 @@ from pyvmm._native import ffi
 from pyvmm.layout import MIB, PAGE_SIZE, Gpa
 from pyvmm.memory.homes import Home
 from pyvmm.pytest_plugin import needs
-from pyvmm.testing.balance import imbalances
+from pyvmm.testing.balance import imbalances, populated
 from pyvmm.testing.verify_model import check_memory
 
 BLOCK = 512
@@ -41,10 +41,31 @@ def way(request):
 
 
 def until(is_so, what="it"):
+    """what: in words, or a function that gives them."""
     end = time.monotonic() + SECONDS
     while not is_so():
-        assert time.monotonic() < end, f"waited {SECONDS} s for {what}"
+        assert time.monotonic() < end, f"waited {SECONDS} s for {what() if callable(what) else what}"
         os.sched_yield()
+
+
+def resident(machine):
+    """Pages that the kernel has for RAM, by its page tables, and those that are aside."""
+    return int(populated(machine.memory).sum()) + machine.memory.engine.homes()["aside"]
+
+
+def limit_kept(machine, limit):
+    """Of a guest that stands: do the engine and the kernel's tables count alike, and is the limit kept? What the kernel
+    has merged is in the tables, and takes no memory: another program may have it do that."""
+
+    def is_so():
+        counts = machine.memory.reclaimer.counts()
+        return counts.resident <= limit and resident(machine) * PAGE_SIZE == counts.resident + counts.merged
+
+    def what():
+        counts, books = machine.memory.reclaimer.counts().as_dict(), imbalances(machine.memory)
+        return f"counts that agree, within {limit}: {counts}, {resident(machine)} by the kernel, {books}"
+
+    until(is_so, what)
 
 
 def working(vm, memory="32M", append="", **options):

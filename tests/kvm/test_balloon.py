@@ -6,7 +6,7 @@ import json
 import time
 
 import pytest
-from engine_help import BLOCK, SECONDS, both_ways, until, way
+from engine_help import BLOCK, SECONDS, both_ways, limit_kept, resident, until, way
 
 from pyvmm import VM
 from pyvmm.cli import main
@@ -76,11 +76,6 @@ def judge(machine, armed=None, **options):
     assert model.check() == []  # which reads all of it, and so brings what was given up
     assert machine.progress().status == "running"
     return model
-
-
-def resident(machine):
-    """Pages that the kernel has for RAM, and those that are aside."""
-    return int(populated(machine.memory).sum()) + machine.memory.engine.homes()["aside"]
 
 
 @both_ways
@@ -294,9 +289,7 @@ def test_a_balloon_and_a_limit(begun):
     machine.pause()
     level(machine)
     assert machine.memory.reclaimer.settled()
-    counts = machine.memory.reclaimer.counts()
-    until(lambda: resident(machine) == machine.memory.reclaimer.counts().resident // PAGE_SIZE, "counts that agree")
-    assert counts.resident <= 40 * MIB
+    limit_kept(machine, 40 * MIB)
     judge(machine, heap=40, cache=40, hot=60)
     machine.memory.reclaimer.swap.drain()
     until(lambda: machine.memory.reclaimer.swap.stats().live == machine.memory.pages().homes["swap"], "slots")

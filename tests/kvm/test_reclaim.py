@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from engine_help import BLOCK, judge, passes, until, working
+from engine_help import BLOCK, judge, limit_kept, passes, until, working
 
 import pyvmm
 from pyvmm import VM, BadInput
@@ -21,7 +21,6 @@ from pyvmm.cli import main
 from pyvmm.control.control import Control
 from pyvmm.layout import MIB, PAGE_SIZE, Gpa
 from pyvmm.pytest_plugin import needs
-from pyvmm.testing.balance import populated
 from pyvmm.testing.dup_model import Dup
 from pyvmm.testing.hotcold_model import HotCold
 
@@ -40,23 +39,13 @@ def work(machine, seconds=None):
     assert not machine.ended, machine.printed
 
 
-def resident(machine):
-    """Bytes, by the kernel's page tables, and what is aside."""
-    return (int(populated(machine.memory).sum()) + machine.memory.engine.homes()["aside"]) * PAGE_SIZE
-
-
-def agree(machine, counts, limit):
-    """What the kernel has merged is in the guest's tables, and takes no memory: another program may have it do that."""
-    return counts.resident <= limit and resident(machine) == counts.resident + counts.merged
-
-
 def kept(machine, limit):
     """Is the limit kept, by the engine's words and by the kernel's tables alike?"""
     reclaimer = machine.memory.reclaimer
     assert reclaimer.settled(), reclaimer.counts()
     machine.pause()  # what it was about to touch may still come
     assert reclaimer.settled()
-    until(lambda: agree(machine, reclaimer.counts(), limit), "counts that agree, within the limit")
+    limit_kept(machine, limit)
     machine.resume()
 
 
