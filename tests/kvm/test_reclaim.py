@@ -338,6 +338,21 @@ def test_a_kernel_that_refuses_is_told_and_faults_do_not_wait_for_it(vm, monkeyp
     judge(machine)
 
 
+def test_trouble_is_over_with_the_limit_and_who_is_told_may_fail(vm, monkeypatch):
+    machine = working(vm, "32M", "order=random", pages="4k")
+    reclaimer = machine.memory.reclaim(policy="clock")
+    reclaimer.on_trouble = lambda text: 1 / 0
+    refuse = answering(monkeypatch, machine, lib.pv_engine_remove_runs, -errno.ENOMEM)
+    machine.memory.limit = 16 * MIB
+    until(lambda: reclaimer.trouble, "trouble")
+    machine.memory.limit = None
+    until(lambda: not reclaimer.trouble, "the end of trouble")
+    refuse.clear()
+    machine.memory.limit = 16 * MIB
+    kept(machine, 16 * MIB)
+    judge(machine)
+
+
 def test_a_kernel_that_cannot_sample_leaves_the_policy_without(vm, monkeypatch):
     machine = working(vm, "32M", "order=random")
     answering(monkeypatch, machine, lib.pv_sample_begin, -errno.EOPNOTSUPP)

@@ -244,9 +244,10 @@ class Reclaimer:
 
     def _tick(self, above: bool) -> None:
         self._retry()
-        if not above:
-            return
-        self._shrink()
+        if above:
+            self._shrink()
+        elif self._since is not None or "kernel" in self._troubles:  # there is room now, or no limit
+            self._stuck(False)
         self._troubles.pop("kernel", None)
         if self._since is not None:
             self._over.wait(_TICK_MS / 1000)
@@ -382,7 +383,8 @@ class Reclaimer:
         if text != self._troubles.get(what):
             self._troubles[what] = text
             if self.on_trouble is not None:
-                self.on_trouble(text)
+                with suppress(Exception):  # as where nobody reads it: faults wait for us all the same
+                    self.on_trouble(text)
 
 
 def _joined(runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
